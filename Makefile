@@ -1,0 +1,48 @@
+# Every target makes the environment it needs. Nothing but Python >= 3.11 has to be there before.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+SEEDS ?= 100
+FIRST_SEED ?= 1
+FAULT ?=
+
+.PHONY: environment demo test lint simulate bench lock vectors clean
+
+environment: $(STAMP)
+
+# The lock file holds hashes and no index addresses: pip and uv both take it, from whatever index the machine is set up for.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Farpoint needs Python 3.11 or newer; call make PYTHON=python3.11")' 1>&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) 1>&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock 1>&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . 1>&2
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/farpoint demo $(ARGS)
+
+test: $(STAMP)
+	@$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+simulate: $(STAMP)
+	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) --first-seed $(FIRST_SEED) $(if $(FAULT),--fault $(FAULT)) $(ARGS)
+
+bench: $(STAMP)
+	@$(BIN)/python -m benchmarks.line $(ARGS)
+
+# Rewrites requirements.lock from pyproject.toml; needs uv.
+lock:
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+		--extra development pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

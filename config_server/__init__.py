@@ -1,0 +1,1 @@
+"""Registration, certificates, grants, the RPO ledger, recovery points; never on the data path."""

@@ -1,0 +1,1 @@
+"""The operator's command line, the demo, and `up`: composes the programs, owns no logic."""

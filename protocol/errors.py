@@ -1,0 +1,144 @@
+"""The one tree of errors: every failure that Farpoint can name is a `ReplicationError`.
+
+Errors carry fields, not prose; `str(error)` makes the sentence for the log and `hint` tells the operator what to do.
+A local fault (`LocalFault`) and a fault of the peer (`PeerFault`) are different types: the first is ours to mend, the
+second is told to the peer and never trusted further.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ReplicationError(Exception):
+    """The root. Subclasses set `code` (stable, kebab-case, goes over the wire and into metrics) and pass fields by keyword.
+
+    Fields become attributes. `message` is a format string over the fields.
+    """
+
+    code: ClassVar[str] = "replication-error"
+    is_retryable: ClassVar[bool] = False
+    message: ClassVar[str] = "replication failed"
+    hint: ClassVar[str] = ""
+
+    def __init__(self, **fields: object) -> None:
+        self.fields = fields
+        super().__init__(self.message.format_map(fields))
+
+    def __getattr__(self, name: str) -> object:
+        fields = self.__dict__.get("fields", {})
+        if name in fields:
+            return fields[name]
+        raise AttributeError(name)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.fields))
+
+
+def _rebuild(kind: type[ReplicationError], fields: dict[str, object]) -> ReplicationError:
+    return kind(**fields)
+
+
+class LocalFault(ReplicationError):
+    """Something on this machine: its disk, its memory, its settings, its clock."""
+
+    code = "local-fault"
+
+
+class PeerFault(ReplicationError):
+    """The other side sent what the protocol forbids, or what it may not send."""
+
+    code = "peer-fault"
+
+
+class MalformedInput(PeerFault):
+    """Bytes that are not a message of this format: wrong type, over a limit, not canonical."""
+
+    code = "malformed-input"
+    message = "malformed {what}: {reason}"
+    hint = "The peer speaks another version or the bytes were damaged; compare the versions on both sides."
+
+
+class LimitExceeded(MalformedInput):
+    """A named limit was passed. Fields: what, value, limit."""
+
+    code = "limit-exceeded"
+    message = "{what} is {value}, more than the limit {limit}"
+
+
+class SequenceGap(PeerFault):
+    """A change set did not follow its predecessor: a gap or a repeat. Fields: disk, expected, received."""
+
+    code = "sequence-gap"
+    message = "disk {disk}: change set {received} where {expected} was expected"
+    hint = "The sender resumes from the durable position in the next welcome by itself."
+
+
+class EventNotAllowed(PeerFault):
+    """A message that the state machine's table has no row for. Fields: state, event."""
+
+    code = "event-not-allowed"
+    message = "{event} is not allowed in state {state}"
+
+
+class NotPermitted(PeerFault):
+    """The certificate does not give the right to this. Fields: subject, reason."""
+
+    code = "not-permitted"
+    message = "{subject} is not permitted: {reason}"
+    hint = "Check the role of the certificate, and that the disk is registered for this machine."
+
+
+class NoGrant(PeerFault):
+    """The process server holds no grant for the disk (yet). Fields: disk. Retryable: grants arrive by the configuration server."""
+
+    code = "no-grant"
+    is_retryable = True
+    message = "no grant for disk {disk}"
+    hint = "The process server gets it from the configuration server; check that both are reachable."
+
+
+class StaleEpoch(PeerFault):
+    """The epoch is closed or was never granted here. Fields: disk, epoch, current."""
+
+    code = "stale-epoch"
+    message = "disk {disk}: epoch {epoch} is not current (current: {current})"
+
+
+class VersionNotSupported(PeerFault):
+    """Fields: what, version, supported."""
+
+    code = "version-not-supported"
+    message = "{what} has version {version}; this program supports {supported}"
+    hint = "Upgrade the older side."
+
+
+class RefusedByPeer(ReplicationError):
+    """The peer refused with a typed error of its own. Fields: peer_code, detail, retryable."""
+
+    code = "refused-by-peer"
+    message = "the peer refused: {peer_code}: {detail}"
+
+
+class DeadlineExceeded(LocalFault):
+    """Fields: what, seconds."""
+
+    code = "deadline-exceeded"
+    is_retryable = True
+    message = "{what} took longer than {seconds} s"
+
+
+class ConnectionLost(LocalFault):
+    """Fields: peer, reason."""
+
+    code = "connection-lost"
+    is_retryable = True
+    message = "connection to {peer} lost: {reason}"
+    hint = "It is tried again with growing pauses; nothing is lost meanwhile."
+
+
+class InvalidValue(LocalFault):
+    """A value broke a rule of its type when it was made. Fields: what, value, rule."""
+
+    code = "invalid-value"
+    message = "{what} is {value!r}: {rule}"

@@ -1,0 +1,1 @@
+"""Rebuilds disks from storage and a recovery key file; needs nothing else."""

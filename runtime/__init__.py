@@ -1,0 +1,4 @@
+"""What every program needs to run as a service, and nothing about replication: settings, logs, metrics endpoint, signals.
+
+Imported by the programs' shells only; cores never import it.
+"""

@@ -1,0 +1,124 @@
+"""What can go wrong with a vault: the store itself (`StoreFault`), or what lies in it (`VaultFault`)."""
+
+from __future__ import annotations
+
+from protocol.errors import LocalFault, ReplicationError
+
+
+class StoreFault(ReplicationError):
+    """The object store did not do what it was asked. Fields: url, reason (and name where an object is meant)."""
+
+    code = "store-fault"
+    message = "store {url}: {reason}"
+
+
+class StoreUnavailable(StoreFault):
+    """Not reachable, busy, or timed out."""
+
+    code = "store-unavailable"
+    is_retryable = True
+    hint = "Replication goes on into the cache meanwhile; check the network and the store's health."
+
+
+class StoreOutcomeUnknown(StoreUnavailable):
+    """The reply to a create was lost: the object may be there. Compare trailers."""
+
+    code = "store-outcome-unknown"
+
+
+class StoreMissing(StoreFault):
+    """The directory or container of the URL does not exist."""
+
+    code = "store-missing"
+    hint = "Check the URL; `farpoint vault init` makes a new vault in a store that exists."
+
+
+class StoreNotPermitted(StoreFault):
+    """The credential may not do this, or the store is read-only."""
+
+    code = "store-not-permitted"
+    hint = "A process server needs the right to create, read and list."
+
+
+class StoreFull(StoreFault):
+    """No space, or over quota."""
+
+    code = "store-full"
+    is_retryable = True
+    hint = "Free or add space; nothing acknowledged is lost while the cache holds it."
+
+
+class ObjectExists(StoreFault):
+    """The name is taken. Fields: url, name."""
+
+    code = "object-exists"
+    message = "store {url}: {name} exists"
+
+
+class ObjectNotFound(StoreFault):
+    """Fields: url, name."""
+
+    code = "object-not-found"
+    message = "store {url}: no object {name}"
+
+
+class StoreUrlInvalid(LocalFault):
+    """Fields: url, reason."""
+
+    code = "store-url-invalid"
+    message = "store URL {url!r}: {reason}"
+    hint = "Use file:///absolute/path or azure://account/container/prefix."
+
+
+class VaultFault(ReplicationError):
+    """What lies in the store is not a vault's honest history."""
+
+    code = "vault-fault"
+
+
+class ObjectCorrupt(VaultFault):
+    """Bytes that were signed or sealed otherwise. Fields: name, reason."""
+
+    code = "object-corrupt"
+    message = "{name} is damaged or forged: {reason}"
+    hint = "Points before it are not affected; list them with `farpoint points --store URL --recovery-key FILE`."
+
+
+class SegmentMissing(VaultFault):
+    """Fields: name."""
+
+    code = "segment-missing"
+    message = "{name} is missing, but later segments are there"
+    hint = "Points before it are not affected; list them with `farpoint points --store URL --recovery-key FILE`."
+
+
+class HistoryForked(VaultFault):
+    """Another object lies where ours belongs: somebody else extends this history. Fields: name."""
+
+    code = "history-forked"
+    message = "{name} holds another segment than the one to be written there; this process server no longer owns the epoch"
+    hint = "Another process server has taken the disk over. This one stops extending it."
+
+
+class FormatNotSupported(VaultFault):
+    """Fields: name, version, supported."""
+
+    code = "format-not-supported"
+    message = "{name} has format version {version}; this program reads up to {supported}"
+    hint = "Use a newer Farpoint."
+
+
+class NotAVault(VaultFault):
+    """Fields: url, reason."""
+
+    code = "not-a-vault"
+    message = "{url} holds no vault of this recovery key: {reason}"
+    hint = "Check the store URL and that the recovery key file belongs to this vault."
+
+
+class WrongRecoveryKey(VaultFault):
+    """Fields: path, reason."""
+
+    code = "wrong-recovery-key"
+    message = "recovery key {path}: {reason}"
+    hint = "Use one of the key files that `farpoint vault init` wrote for this vault."
