@@ -8,7 +8,7 @@ SEEDS ?= 100
 FIRST_SEED ?= 1
 FAULT ?=
 
-.PHONY: environment demo test lint simulate bench lock vectors clean
+.PHONY: environment demo test lint simulate bench azurite lock clean
 
 environment: $(STAMP)
 
@@ -39,10 +39,19 @@ simulate: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.line $(ARGS)
 
+# The Azure Blob emulator for the tests, into the ignored folder .node/ by its lock file.
+azurite: .node/.installed
+
+.node/.installed: tests/azurite/package.json tests/azurite/package-lock.json
+	@mkdir -p .node
+	@cp tests/azurite/package.json tests/azurite/package-lock.json .node/
+	@cd .node && npm ci --silent --no-audit --no-fund 1>&2
+	@touch .node/.installed
+
 # Rewrites requirements.lock from pyproject.toml; needs uv.
 lock:
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 		--extra development pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .node build dist *.egg-info
