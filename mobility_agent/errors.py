@@ -1,0 +1,130 @@
+"""What can go wrong on a source machine: faults of one disk stop that disk, never the others."""
+
+from __future__ import annotations
+
+from protocol.errors import LocalFault, ReplicationError
+
+
+class DiskFault(LocalFault):
+    """One disk cannot be replicated as it is now. Fields: path."""
+
+    code = "disk-fault"
+
+
+class DiskVanished(DiskFault):
+    """Nothing is at the path, or the device is gone. Fields: path, reason."""
+
+    code = "disk-vanished"
+    message = "disk {path} is gone: {reason}"
+    hint = "Bring the disk back, or end its protection with `mobility-agent unprotect`."
+
+
+class DiskReplaced(DiskFault):
+    """The path leads to another disk. Fields: path, expected, found."""
+
+    code = "disk-replaced"
+    message = "{path} is another disk: expected {expected}, found {found}"
+    hint = "Protect the new disk under its own name; unprotect the old one (--keep keeps its recovery points)."
+
+
+class DiskResized(DiskFault):
+    """Fields: path, expected_bytes, found_bytes."""
+
+    code = "disk-resized"
+    message = "disk {path} had {expected_bytes} bytes and now has {found_bytes}"
+    hint = "A resized disk is protected anew: `mobility-agent unprotect --keep PATH`, then `protect PATH`."
+
+
+class DiskUnreadable(DiskFault):
+    """A read failed. Fields: path, offset_bytes, reason. Retryable: the pass is begun again."""
+
+    code = "disk-unreadable"
+    is_retryable = True
+    message = "disk {path}: reading at {offset_bytes} failed: {reason}"
+    hint = "Check the disk's health; blocks that cannot be read cannot be protected."
+
+
+class DiskNotSupported(DiskFault):
+    """Fields: path, reason."""
+
+    code = "disk-not-supported"
+    message = "{path} cannot be protected: {reason}"
+
+
+class DiskPermissionDenied(DiskFault):
+    """Fields: path."""
+
+    code = "disk-permission-denied"
+    message = "no permission to read {path}"
+    hint = "Run the agent as root, or as the owner of the image file."
+
+
+class NotProvedStill(LocalFault):
+    """The disk cannot be proved still, so what is read of it is fuzzy. Fields: reason."""
+
+    code = "not-proved-still"
+    is_retryable = True
+    message = "cannot prove the disk still: {reason}"
+
+
+class ResyncNeeded(LocalFault):
+    """A change source lost track: everything must be compared again. Fields: cause."""
+
+    code = "resync-needed"
+    is_retryable = True
+    message = "resynchronization needed: {cause}"
+
+
+class AgentStateDamaged(LocalFault):
+    """The agent's own state cannot be read or written. Fields: name, reason."""
+
+    code = "agent-state-damaged"
+    message = "agent state {name}: {reason}"
+    hint = "Check space and health of the state directory's file system. Nothing that was acknowledged is lost."
+
+
+class NotEnrolled(LocalFault):
+    """Fields: directory."""
+
+    code = "not-enrolled"
+    message = "{directory} holds no enrolment"
+    hint = "Run `mobility-agent enroll --server URL --token-file FILE` first."
+
+
+class AlreadyEnrolled(LocalFault):
+    """Fields: directory."""
+
+    code = "already-enrolled"
+    message = "{directory} already holds an enrolment"
+    hint = "Use another --dir, or remove that directory to enrol this machine anew."
+
+
+class StateDirectoryInUse(LocalFault):
+    """Fields: directory."""
+
+    code = "state-directory-in-use"
+    message = "another agent runs with {directory}"
+
+
+class AgentNotRunning(LocalFault):
+    """Fields: directory."""
+
+    code = "agent-not-running"
+    message = "no agent answers in {directory}"
+    hint = "Start it with `mobility-agent run`."
+
+
+class CacheLost(ReplicationError):
+    """The process server knows less than it acknowledged; a new epoch is asked for. Fields: disk, acknowledged, durable."""
+
+    code = "cache-lost"
+    is_retryable = True
+    message = "disk {disk}: {acknowledged} was acknowledged but only {durable} is durable; continuing in a new epoch"
+
+
+class SessionBroken(LocalFault):
+    """Sending failed because the connection ended meanwhile. Fields: reason."""
+
+    code = "session-broken"
+    is_retryable = True
+    message = "session ended: {reason}"
