@@ -115,7 +115,7 @@ class AgentNotRunning(LocalFault):
 
 
 class CacheLost(ReplicationError):
-    """The process server knows less than it acknowledged; a new epoch is asked for. Fields: disk, acknowledged, durable."""
+    """The process server knows less than it acknowledged: a new epoch. Fields: disk, acknowledged, durable."""
 
     code = "cache-lost"
     is_retryable = True

@@ -1,16 +1,16 @@
-"""The agent's core: keeps every protected disk replicating over one connection, and tells the configuration server how it goes.
+"""The agent's heart: keeps every protected disk replicating, and tells the configuration server how it goes.
 
-Everything it touches is a constructor argument. It starts tasks by TaskGroup only, blocks in the executor only, and takes
-time from the running loop and the clock. One disk's error never ends the others.
+Everything it touches is a constructor argument. It starts tasks by TaskGroup only, blocks in the executor only, and
+takes time from the running loop and the clock. One disk's error never ends the others.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
 
 from mobility_agent.ports import Connect, DrawRandom, OpenSource
+from protocol.control import AgentControl
 from protocol.vocabulary import FRAME_RAW_BYTES_MAX
 from runtime.clock import Clock
 from runtime.directory import DurableDirectory
@@ -40,17 +40,17 @@ class AgentService:
         directory: DurableDirectory,
         open_source: OpenSource,
         connect: Connect,
-        control: Any,
+        control: AgentControl,
         clock: Clock,
         draw_random: DrawRandom,
         executor: Executor,
         limits: AgentLimits | None = None,
     ) -> None:
-        """directory holds all of the agent's durable state; control is a protocol.control AgentControl."""
+        """directory holds all of the agent's durable state, for this service alone."""
         raise NotImplementedError
 
     async def run(self) -> None:
-        """Replicates until stop() or cancellation. Raises only what ends the whole agent (its state directory failed)."""
+        """Replicates until stop() or cancellation. Raises only what ends the whole agent (its state failed)."""
         raise NotImplementedError
 
     def stop(self) -> None:
