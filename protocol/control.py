@@ -1,6 +1,6 @@
 """The control plane's language: what agents and process servers report, and the orders that they get back.
 
-Reports are cumulative and idempotent: the same report twice changes nothing, so a lost reply costs nothing but the repeat.
+Reports are cumulative and idempotent: the same report twice changes nothing, so a lost reply costs only the repeat.
 Whoever sends a message is known from its certificate; no field here names the sender, and none is trusted for it.
 Every string and list is bounded; an unknown field is refused. Over HTTPS the bytes are JSON, binary values in base64.
 """
@@ -60,7 +60,7 @@ Detail: TypeAlias = Annotated[str, StringConstraints(max_length=DETAIL_LENGTH_MA
 ErrorCode: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
 Pem: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=PEM_LENGTH_MAX)]
 Revision: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{0,32}$")]
-"""Opaque: names one state of the receiver's orders. Equal revisions mean equal orders, also across a server's restart."""
+"""Opaque: names one state of the receiver's orders. Equal revisions mean equal orders, over restarts too."""
 Record: TypeAlias = Annotated[bytes, Field(min_length=1, max_length=RECORD_BYTES_MAX)]
 """A signed record of protocol.signed_records, byte for byte."""
 SizeBytes: TypeAlias = Annotated[int, Field(ge=0, le=DISK_SIZE_BYTES_MAX)]
@@ -241,7 +241,7 @@ class AgentOrders(ControlMessage):
 
 
 class DiskPosition(ControlMessage):
-    """Process server → server: where a disk's newest epoch stands here, and what it has cost since the program began."""
+    """Process server → server: where a disk's newest epoch stands here; bytes count since the program began."""
 
     disk: Disk
     epoch: Epoch
@@ -267,9 +267,9 @@ class CommittedPoint(ControlMessage):
 class ProcessServerReport(ControlMessage):
     """Process server → server, the heartbeat.
 
-    When the answer has arrived, committed_points and completed_orders are durable at the configuration server and need not
-    be sent again. Until then they are repeated: after a restart a process server reports the points of its newest segments
-    once more rather than not at all.
+    When the answer has arrived, committed_points and completed_orders are durable at the configuration server and need
+    not be sent again. Until then they are repeated: after a restart a process server reports the points of its newest
+    segments once more rather than not at all.
     """
 
     version: Text
@@ -285,7 +285,7 @@ class ProcessServerReport(ControlMessage):
 
 
 class PublishPoint(ControlMessage):
-    """Server → process server: create this point's object in storage. An identical one that is there already is success."""
+    """Server → process server: create this point's object in storage. An identical one there already is success."""
 
     kind: Literal["publish-point"] = "publish-point"
     order: Identifier
@@ -337,8 +337,8 @@ class CertificateBundle(ControlMessage):
 class AgentControl(Protocol):
     """What an agent may ask of the configuration server.
 
-    Every call raises protocol.transport.control_client.ControlFault (unreachable: retryable) or the server's typed refusal
-    (RefusedByServer); on return what the call states is durable at the server.
+    Every call raises protocol.control_errors.ControlFault: ServerUnreachable is retryable, a refusal is typed by its
+    reason (RefusedByServer if by none that is known here). On return what the call states is durable at the server.
     """
 
     async def register_disk(self, registration: DiskRegistration) -> DiskAssignment:

@@ -1,0 +1,206 @@
+"""What can go wrong between a program and the configuration server: `ControlFault` and its kinds.
+
+A refusal travels as problem+json with the error's code and fields and is raised as the same type at the caller: server
+and client share this one list. A code that is not known here becomes `RefusedByServer`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from protocol.errors import LocalFault, NotPermitted, PeerFault, ReplicationError
+
+
+class ControlFault(ReplicationError):
+    """Root of this module."""
+
+    code = "control-fault"
+    message = "configuration server: {reason}"
+
+
+class ServerUnreachable(ControlFault):
+    """No answer: connection refused, name unknown, timed out, cut off. Fields: server, reason."""
+
+    code = "server-unreachable"
+    is_retryable = True
+    message = "configuration server {server} cannot be reached: {reason}"
+    hint = "Check the URL, the network and that `config-server run` is up. Replication goes on meanwhile."
+
+
+class ServerNotTrusted(ControlFault):
+    """Its authority is not the one that was pinned, or its certificate is not for this name. Fields: server, reason."""
+
+    code = "server-not-trusted"
+    message = "configuration server {server} is not trusted: {reason}"
+    hint = "The token must come from this very server; the URL must use a name or address of its certificate."
+
+
+class CertificateTimeInvalid(ControlFault):
+    """A certificate is not yet or no longer valid by this machine's clock. Fields: server, reason."""
+
+    code = "certificate-time-invalid"
+    message = "configuration server {server}: a certificate does not fit this machine's clock: {reason}"
+    hint = "Compare the clocks of both machines (`timedatectl`); if they are right, enrol again with a new join token."
+
+
+class CertificateRefused(ControlFault):
+    """The server does not accept our certificate: revoked, expired, of another authority or role. Fields: reason."""
+
+    code = "certificate-refused"
+    message = "the configuration server refuses this program's certificate: {reason}"
+    hint = "Enrol again with a new join token, if this program is still to take part."
+
+
+class AnswerMalformed(ControlFault):
+    """The server's answer is not of this protocol. Fields: server, reason."""
+
+    code = "answer-malformed"
+    message = "configuration server {server} gave an answer that cannot be understood: {reason}"
+    hint = "Check that the URL is a configuration server's; compare the versions on both sides."
+
+
+class RefusedByServer(ControlFault):
+    """A refusal of a kind that this program does not know. Fields: peer_code, detail, peer_hint, retryable, status."""
+
+    code = "refused-by-server"
+    message = "the configuration server refused: {peer_code}: {detail}"
+
+    @property
+    def hint(self) -> str:  # type: ignore[override]
+        return str(self.fields["peer_hint"])
+
+    @property
+    def is_retryable(self) -> bool:  # type: ignore[override]
+        return bool(self.fields["retryable"])
+
+
+class ServerUnwell(ControlFault):
+    """The server failed inside, or is too busy. Fields: reason."""
+
+    code = "server-unwell"
+    is_retryable = True
+    message = "the configuration server failed to answer: {reason}"
+    hint = "Its log names the cause; the request is repeated."
+
+
+class RequestInvalid(PeerFault):
+    """The request breaks the rules of its message. Fields: reason."""
+
+    code = "request-invalid"
+    message = "the request is not valid: {reason}"
+    hint = "Compare the versions on both sides."
+
+
+class RequestTooLarge(PeerFault):
+    """Fields: limit_bytes."""
+
+    code = "request-too-large"
+    message = "the request is larger than {limit_bytes} bytes"
+
+
+class ResourceNotFound(PeerFault):
+    """Fields: what, identifier."""
+
+    code = "not-found"
+    message = "there is no {what} {identifier}"
+
+
+class CredentialMissing(PeerFault):
+    """The route needs a certificate or token that was not presented. Fields: needs."""
+
+    code = "credential-missing"
+    message = "this needs {needs}"
+    hint = "Operators present the admin token that `config-server init` wrote; programs their certificate."
+
+
+class JoinTokenMalformed(LocalFault):
+    """The text is not a join token. Fields: reason. Never holds the token itself."""
+
+    code = "join-token-malformed"
+    message = "this is not a join token: {reason}"
+    hint = "Copy the whole line that `farpoint token create` printed."
+
+
+class JoinTokenWrong(PeerFault):
+    """No such token, or its secret was not proved. Fields: token."""
+
+    code = "join-token-wrong"
+    message = "join token {token} is not known here, or its secret is wrong"
+    hint = "Copy the whole token again, or make a new one: `farpoint token create`."
+
+
+class JoinTokenExpired(PeerFault):
+    """Fields: token."""
+
+    code = "join-token-expired"
+    message = "join token {token} has expired"
+    hint = "Make a new one: `farpoint token create`."
+
+
+class JoinTokenUsed(PeerFault):
+    """Fields: token."""
+
+    code = "join-token-used"
+    message = "join token {token} has been used already"
+    hint = "A token enrols one program. Make a new one: `farpoint token create`."
+
+
+class JoinTokenForAnotherRole(PeerFault):
+    """Fields: token, token_role, asked_role."""
+
+    code = "join-token-for-another-role"
+    message = "join token {token} is for the role {token_role}, not {asked_role}"
+    hint = "Make one for this role: `farpoint token create --role ROLE`."
+
+
+class CertificateRequestInvalid(PeerFault):
+    """Fields: reason."""
+
+    code = "certificate-request-invalid"
+    message = "the certificate request cannot be granted: {reason}"
+
+
+class DiskOfAnotherMachine(PeerFault):
+    """The disk's world-wide name is that of a disk which another machine protects. Fields: mark."""
+
+    code = "disk-of-another-machine"
+    message = "the disk {mark} is protected by another machine"
+    hint = "End its protection there first. A shared disk is protected from one machine only."
+
+
+class DiskChanged(PeerFault):
+    """A protected disk comes back with another size or sector size. Fields: disk, reason."""
+
+    code = "disk-changed"
+    message = "disk {disk} is not what it was: {reason}"
+    hint = "If that is meant: `mobility-agent unprotect PATH --keep`, then protect it again; its history begins anew."
+
+
+class TooManyDisks(PeerFault):
+    """Fields: limit."""
+
+    code = "too-many-disks"
+    message = "this machine protects {limit} disks already, the most that one may"
+
+
+REFUSALS: Final[dict[str, type[ReplicationError]]] = {
+    kind.code: kind
+    for kind in (
+        CertificateRefused,
+        ServerUnwell,
+        RequestInvalid,
+        RequestTooLarge,
+        ResourceNotFound,
+        CredentialMissing,
+        JoinTokenWrong,
+        JoinTokenExpired,
+        JoinTokenUsed,
+        JoinTokenForAnotherRole,
+        CertificateRequestInvalid,
+        DiskOfAnotherMachine,
+        DiskChanged,
+        TooManyDisks,
+        NotPermitted,
+    )
+}
+"""The refusals that travel by type, keyed by code."""

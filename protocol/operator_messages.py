@@ -1,0 +1,222 @@
+"""What operators see of the configuration server and may change there: the JSON of its operator routes.
+
+Statements about recoverability are made by the server's clock at `now_ns` of the reply; unknown is never shown as good.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from protocol.control import (
+    CertificateSerial,
+    ControlMessage,
+    CountBytes,
+    Detail,
+    Disk,
+    DiskIdentity,
+    DiskPosition,
+    DiskState,
+    FaultReport,
+    HostDescription,
+    Identifier,
+    InstantNs,
+    Machine,
+    Name,
+    Path,
+    Point,
+    Port,
+    ProcessServer,
+    SizeBytes,
+    Text,
+    Vault,
+)
+from protocol.vocabulary import Consistency, Role
+
+POINTS_PER_PAGE_MAX: Final = 1000
+JOIN_TOKEN_SECONDS_MAX: Final = 7 * 86400
+JOIN_TOKEN_SECONDS_DEFAULT: Final = 3600
+
+
+class OperatorReply(BaseModel):
+    """What replies to operators share. They may grow fields, unlike control messages: an older reader ignores them."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+
+class RpoStatus(enum.Enum):
+    UNKNOWN = "unknown"
+    OK = "ok"
+    MISSED = "missed"
+
+
+class RpoReason(enum.Enum):
+    """Why the status is what it is."""
+
+    WITHIN_THRESHOLD = "within-threshold"
+    BEYOND_THRESHOLD = "beyond-threshold"
+    SILENT = "silent"
+    """No recovery point yet and nothing heard for longer than the threshold."""
+    NO_POINT = "no-point"
+    CLOCK_JUMPED = "clock-jumped"
+    """The newest point was marked before the server's clock was set; its age is known again from the next point on."""
+    INSTANT_IMPLAUSIBLE = "instant-implausible"
+    """The newest point states an instant that the server's clock never showed."""
+
+
+class Rpo(OperatorReply):
+    """How old the newest committed recovery point of one disk is."""
+
+    status: RpoStatus
+    reason: RpoReason
+    age_seconds: Annotated[float, Field(ge=0)] | None
+    """None where it is not known."""
+    threshold_seconds: float
+
+
+class DiskStatus(OperatorReply):
+    """One disk: intent, what its agent and process server last reported, and its RPO."""
+
+    disk: Disk
+    machine: Machine
+    machine_name: Text
+    path: Path
+    identity: DiskIdentity
+    is_protected: bool
+    is_paused: bool
+    state: DiskState | None
+    """None: its agent has not reported it yet."""
+    source: Text
+    is_settled: bool
+    copied_bytes: SizeBytes
+    copy_total_bytes: SizeBytes
+    backlog_bytes: CountBytes
+    reported_at_ns: InstantNs | None
+    process_server: ProcessServer | None
+    position: DiskPosition | None
+    """As the process server reported it; None before the first."""
+    newest_point: Point | None
+    newest_point_instant_ns: InstantNs | None
+    rpo: Rpo
+    error: FaultReport | None
+
+
+class MachineStatus(OperatorReply):
+    machine: Machine
+    name: Text
+    host: HostDescription | None
+    """None: its agent has enrolled and not reported yet."""
+    agent_version: Text
+    boot_id: Text
+    last_heard_ns: InstantNs | None
+    is_silent: bool
+    """Nothing heard for three heartbeats."""
+    disks: tuple[Disk, ...]
+
+
+class ProcessServerStatus(OperatorReply):
+    process_server: ProcessServer
+    name: Text
+    host: Text
+    """Empty until its first report."""
+    port: Port | None
+    version: Text
+    last_heard_ns: InstantNs | None
+    is_silent: bool
+    cache_bytes: CountBytes
+    cache_limit_bytes: CountBytes
+    disks: tuple[Disk, ...]
+    open_orders: int
+    faults: tuple[FaultReport, ...]
+
+
+class RecoveryPointStatus(OperatorReply):
+    point: Point
+    disk: Disk
+    machine: Machine
+    epoch: int
+    sequence: int
+    instant_ns: InstantNs
+    consistency: Literal[Consistency.CRASH, Consistency.FILE_SYSTEM, Consistency.APPLICATION]
+    recorded_at_ns: InstantNs
+    is_published: bool
+    """Its .point object is in storage."""
+
+
+class CertificateStatus(OperatorReply):
+    serial: CertificateSerial
+    role: Role
+    identifier: Identifier
+    name: Text
+    valid_from_ns: InstantNs
+    valid_until_ns: InstantNs
+    is_revoked: bool
+
+
+class MachineList(OperatorReply):
+    now_ns: InstantNs
+    machines: tuple[MachineStatus, ...]
+
+
+class DiskList(OperatorReply):
+    now_ns: InstantNs
+    disks: tuple[DiskStatus, ...]
+
+
+class RecoveryPointList(OperatorReply):
+    now_ns: InstantNs
+    points: tuple[RecoveryPointStatus, ...]
+    """Newest first."""
+
+
+class ProcessServerList(OperatorReply):
+    now_ns: InstantNs
+    process_servers: tuple[ProcessServerStatus, ...]
+
+
+class CertificateList(OperatorReply):
+    now_ns: InstantNs
+    certificates: tuple[CertificateStatus, ...]
+
+
+class JoinTokenRequest(ControlMessage):
+    """Operator → server: make one join token."""
+
+    role: Literal[Role.AGENT, Role.PROCESS_SERVER, Role.RECOVERY_WORKER]
+    lifetime_seconds: Annotated[int, Field(ge=1, le=JOIN_TOKEN_SECONDS_MAX)] = JOIN_TOKEN_SECONDS_DEFAULT
+
+
+class JoinTokenCreated(OperatorReply):
+    """The only time that the token's secret is shown."""
+
+    token: Annotated[str, Field(max_length=256)]
+    role: Role
+    expires_at_ns: InstantNs
+
+
+class PauseRequest(ControlMessage):
+    """Operator → server: hold back or resume the replication of one disk."""
+
+    is_paused: bool
+
+
+class ServerDescription(OperatorReply):
+    """Anybody → server: whose authority this is. To be compared with a pinned hash before it is believed."""
+
+    vault: Vault
+    authority_pem: Annotated[str, Field(max_length=65536)]
+
+
+class Problem(OperatorReply):
+    """RFC 9457 problem+json: what every refusal looks like. `code` and `fields` are those of the error's type."""
+
+    type: str
+    title: str
+    status: int
+    code: Name
+    detail: Detail
+    hint: Detail = ""
+    is_retryable: bool = False
+    fields: dict[str, str | int | float | bool | None] = {}
