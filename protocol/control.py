@@ -28,7 +28,7 @@ NAME_LENGTH_MAX: Final = 255
 PATH_LENGTH_MAX: Final = 4096
 DETAIL_LENGTH_MAX: Final = 2048
 PEM_LENGTH_MAX: Final = 65536
-RECORD_BYTES_MAX: Final = 65536
+RECORD_BYTES_MAX: Final = 2**18
 FILE_SYSTEMS_PER_DISK_MAX: Final = 128
 DISKS_PER_MACHINE_MAX: Final = 256
 DISKS_PER_PROCESS_SERVER_MAX: Final = 4096
@@ -121,8 +121,9 @@ class DiskIdentity(ControlMessage):
     """By what a disk is known, strongest first; None or empty where the disk has no such mark."""
 
     kind: DiskKind
-    size_bytes: SizeBytes
-    logical_sector_bytes: Annotated[int, Field(ge=1, le=65536)]
+    size_bytes: Annotated[int, Field(ge=1, le=DISK_SIZE_BYTES_MAX)]
+    logical_sector_bytes: Literal[512, 1024, 2048, 4096, 8192, 16384, 32768, 65536]
+    """512 for an image file."""
     wwn: Name | None = None
     serial: Name | None = None
     partition_table: Name | None = None
