@@ -1,4 +1,5 @@
-"""What every program needs to run as a service, and nothing about replication: settings, logs, metrics endpoint, signals.
+"""What every program needs to run as a service, and nothing about replication: settings, logs, metrics endpoint,
+signals.
 
 Imported by the programs' shells only; cores never import it.
 """

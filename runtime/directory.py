@@ -1,7 +1,8 @@
 """Durable local state behind one small interface, so that the simulation can lose power in the middle of it.
 
-Every call blocks and belongs in an executor. What is durable on return is said per method and nothing more may be assumed:
-after a power cut unsynchronized writes may be lost, torn, or kept in any subset, and so may unsynchronized directory changes.
+Every call blocks and belongs in an executor. What is durable on return is said per method and nothing more may be
+assumed: after a power cut unsynchronized writes may be lost, torn, or kept in any subset, and so may unsynchronized
+directory changes.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class DurableFile(Protocol):
     def write(self, offset_bytes: int, buffers: Sequence[Buffer]) -> None:
         """Writes all buffers, one behind the other. Not durable before synchronize() returns.
 
-        After an OSError from here or from synchronize() the contents written since the last synchronize() are undefined and
-        a later synchronize() proves nothing about them: abandon the file.
+        After an OSError from here or from synchronize() the contents written since the last synchronize() are
+        undefined and a later synchronize() proves nothing about them: abandon the file.
         """
         ...
 
@@ -42,7 +43,7 @@ class DurableDirectory(Protocol):
     """One flat directory of files. Errors are OSError (FileNotFoundError, FileExistsError where they fit)."""
 
     def names(self) -> list[str]:
-        """Sorted."""
+        """Sorted. A name that begins with a dot is never a caller's (ValueError) and never listed."""
         ...
 
     def read(self, name: str) -> bytes: ...
@@ -54,8 +55,9 @@ class DurableDirectory(Protocol):
     def open(self, name: str, *, create: bool = False, preallocate_bytes: int = 0, direct: bool = False) -> DurableFile:
         """create: the file must not exist, and its directory entry is durable on return (mode 0600).
 
-        preallocate_bytes reserves space without changing what reads return beyond the end of writes (zeroes).
-        direct asks for O_DIRECT where the file system has it: offsets, lengths and addresses are then multiples of 4096.
+        preallocate_bytes reserves space: the file then has at least that size, and reads as zeroes where nothing was
+        written. direct asks for O_DIRECT where the file system has it: offsets, lengths and addresses are then
+        multiples of 4096.
         """
         ...
 

@@ -1,6 +1,7 @@
-"""The contract of an object store. tests/storage/object_store_contract.py is its executable half.
+"""The contract of an object store. tests/storage/backends/object_store_contract.py is its executable half.
 
-Objects are created whole and once, and never change. Names are ASCII, `/`-separated, relative, as `object_names` makes them.
+Objects are created whole and once, and never change. Names are ASCII, `/`-separated, relative, as `object_names`
+makes them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ class ObjectInfo:
 
 
 class ObjectStore(Protocol):
-    """Every method may raise a storage.errors.StoreFault, which says whether it is worth a retry. All are cancellation-safe:
+    """Every method may raise a storage.errors.StoreFault, which says whether it is worth a retry.
 
-    a cancelled or failed create() has created the whole object or nothing.
+    A cancelled or failed create() has created the whole object or nothing.
     """
 
     @property
@@ -35,8 +36,8 @@ class ObjectStore(Protocol):
     async def create(self, name: str, parts: Sequence[Buffer]) -> None:
         """Creates `name` from the parts, one behind the other; on return it is durable and visible to list and read.
 
-        Raises ObjectExists if the name is taken (nothing is changed then). StoreOutcomeUnknown: a reply was lost, the object may
-        or may not be there.
+        Raises ObjectExists if the name is taken (nothing is changed then). StoreOutcomeUnknown: a reply was lost, the
+        object may or may not be there.
         """
         ...
 

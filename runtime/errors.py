@@ -1,0 +1,86 @@
+"""What can go wrong around a program rather than in replication: its state directory, secrets, settings, addresses,
+signals."""
+
+from __future__ import annotations
+
+from protocol.errors import LocalFault
+
+
+class StateLocked(LocalFault):
+    """Another process holds the state directory. Fields: path, holder (a process id, or "unknown")."""
+
+    code = "state-locked"
+    message = "{path} is in use by another process (process id {holder})"
+    hint = "Stop the other process, or give this one a state directory of its own."
+
+
+class SecretExists(LocalFault):
+    """A secret is never overwritten. Fields: path."""
+
+    code = "secret-exists"
+    message = "{path} exists; a secret is never overwritten"
+    hint = "Choose another path, or move the existing file away first."
+
+
+class SecretMissing(LocalFault):
+    """Fields: path."""
+
+    code = "secret-missing"
+    message = "there is no file {path}"
+    hint = "Check the path of the secret file."
+
+
+class SecretUnreadable(LocalFault):
+    """Fields: path, reason."""
+
+    code = "secret-unreadable"
+    message = "cannot use the secret file {path}: {reason}"
+
+
+class SettingsFileInvalid(LocalFault):
+    """The settings file is missing, unreadable, or not TOML. Fields: path, reason."""
+
+    code = "settings-file-invalid"
+    message = "settings file {path}: {reason}"
+
+
+class SettingUnknown(LocalFault):
+    """Fields: key, origin, nearest (a known key, or an empty text)."""
+
+    code = "setting-unknown"
+    message = "unknown setting {key} from {origin}"
+
+    @property
+    def hint(self) -> str:  # type: ignore[override]
+        nearest = self.fields["nearest"]
+        return f"Did you mean {nearest}?" if nearest else "`config show` lists the known settings."
+
+
+class SettingInvalid(LocalFault):
+    """Fields: key, origin, reason."""
+
+    code = "setting-invalid"
+    message = "setting {key} from {origin}: {reason}"
+    hint = "`config check` shows whether the settings are good; `config show --origin` where each value comes from."
+
+
+class AddressTaken(LocalFault):
+    """Fields: address, purpose."""
+
+    code = "address-taken"
+    message = "{purpose}: {address} is already in use"
+    hint = "Stop the program that listens there (`ss -ltnp` shows it), or choose another address in the settings."
+
+
+class AddressUnusable(LocalFault):
+    """The address cannot be listened on. Fields: address, purpose, reason."""
+
+    code = "address-unusable"
+    message = "{purpose}: cannot listen on {address}: {reason}"
+
+
+class StopDeadlineExceeded(LocalFault):
+    """An orderly stop did not end in time and was cut short. Nothing acknowledged is lost by that. Fields: seconds."""
+
+    code = "stop-deadline-exceeded"
+    message = "the program did not stop within {seconds} s and was cut short"
