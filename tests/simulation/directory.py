@@ -44,7 +44,13 @@ class StoredFile:
 
     contents: bytearray = field(default_factory=bytearray)
     changes: list[_Change] = field(default_factory=list)
-    preallocated_bytes: int = 0
+
+    def preallocate(self, size_bytes: int) -> None:
+        """Durable on return."""
+        if size_bytes > len(self.contents):
+            if self.changes:
+                raise NotImplementedError("preallocating behind unsynchronized writes")
+            self.contents.extend(bytes(size_bytes - len(self.contents)))
 
     def write(self, offset_bytes: int, data: bytes) -> None:
         size = len(self.contents)
@@ -133,7 +139,7 @@ class StorageMedium:
         self.draw = draw
 
     def used_bytes(self) -> int:
-        return sum(max(len(stored.contents), stored.preallocated_bytes) for stored in self.files.values())
+        return sum(len(stored.contents) for stored in self.files.values())
 
     def lose_power(self) -> int:
         """Returns how many files lost or tore something that was not synchronized."""
@@ -161,6 +167,7 @@ class SimulatedDirectory:
 
     def replace(self, name: str, data: bytes) -> None:
         self._process.check_alive()
+        _check_name(name)
         contents = bytearray(data)
         try:
             self._process.count_operation()
@@ -176,6 +183,7 @@ class SimulatedDirectory:
         self, name: str, *, create: bool = False, preallocate_bytes: int = 0, direct: bool = False
     ) -> SimulatedFile:
         self._process.count_operation()
+        _check_name(name)
         if create:
             if name in self._medium.files:
                 raise FileExistsError(errno.EEXIST, "exists", name)
@@ -184,7 +192,7 @@ class SimulatedDirectory:
             self._medium.files[name] = StoredFile()
             self._medium.on_change("create", name)
         stored = self._stored(name)
-        stored.preallocated_bytes = max(stored.preallocated_bytes, preallocate_bytes)
+        stored.preallocate(preallocate_bytes)
         return SimulatedFile(stored, name, self._medium, self._process, direct=direct)
 
     def remove(self, name: str) -> None:
@@ -197,10 +205,16 @@ class SimulatedDirectory:
         return max(0, self._medium.capacity_bytes - self._medium.used_bytes())
 
     def _stored(self, name: str) -> StoredFile:
+        _check_name(name)
         try:
             return self._medium.files[name]
         except KeyError:
             raise FileNotFoundError(errno.ENOENT, "no such file", name) from None
+
+
+def _check_name(name: str) -> None:
+    if not name or name.startswith(".") or "/" in name:
+        raise ValueError(f"not a file name of a durable directory: {name!r}")
 
 
 class SimulatedFile:

@@ -16,7 +16,7 @@ from typing import Final
 from typing_extensions import Buffer
 
 from mobility_agent.errors import DiskReplaced, DiskUnreadable, DiskVanished, NotProvedStill
-from mobility_agent.ports import DiskIdentity
+from protocol.control import DiskIdentity, DiskKind
 from protocol.vocabulary import DIGEST_BLOCK_BYTES
 from tests.simulation.clock import true_now_ns
 from tests.simulation.process import SimulatedProcess
@@ -47,7 +47,9 @@ class SimulatedDisk:
         self.draw = draw
         self.path = path
         self.history = SourceHistory(_first_image(draw, size_bytes), true_now_ns(loop))
-        self.identity = DiskIdentity(size_bytes=size_bytes, sector_bytes=SECTOR_BYTES, strong=(("serial", serial),))
+        self.identity = DiskIdentity(
+            kind=DiskKind.BLOCK_DEVICE, size_bytes=size_bytes, logical_sector_bytes=SECTOR_BYTES, serial=serial
+        )
         self.proofs: list[SimulatedProof] = []
         self.stillness_refusal_probability = 0.0
         self.read_failure_probability = 0.0
