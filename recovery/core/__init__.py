@@ -1,0 +1,1 @@
+"""What recovery decides without touching anything: which frames to read, and which point is meant."""
