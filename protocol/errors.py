@@ -11,7 +11,8 @@ from typing import ClassVar
 
 
 class ReplicationError(Exception):
-    """The root. Subclasses set `code` (stable, kebab-case, goes over the wire and into metrics) and pass fields by keyword.
+    """The root. Subclasses set `code` (stable, kebab-case, goes over the wire and into metrics) and pass fields by
+    keyword.
 
     Fields become attributes. `message` is a format string over the fields.
     """
@@ -74,6 +75,27 @@ class SequenceGap(PeerFault):
     hint = "The sender resumes from the durable position in the next welcome by itself."
 
 
+class FrameGap(SequenceGap):
+    """A frame did not follow its predecessor within the change set. Fields: disk, sequence, expected, received."""
+
+    code = "frame-gap"
+    message = "disk {disk}: frame {received} of change set {sequence} where {expected} was expected"
+
+
+class CreditExceeded(PeerFault):
+    """More body bytes than were granted, or a grant that falls. Fields: total, granted."""
+
+    code = "credit-exceeded"
+    message = "{total} body bytes on this connection, where {granted} were granted"
+
+
+class ImpossiblePositions(PeerFault):
+    """Positions that fall, or that name change sets which were never sent. Fields: disk, reason."""
+
+    code = "impossible-positions"
+    message = "disk {disk}: impossible positions: {reason}"
+
+
 class EventNotAllowed(PeerFault):
     """A message that the state machine's table has no row for. Fields: state, event."""
 
@@ -89,8 +111,28 @@ class NotPermitted(PeerFault):
     hint = "Check the role of the certificate, and that the disk is registered for this machine."
 
 
+class CertificateRefused(NotPermitted):
+    """The peer's certificate does not hold, or ours does not in the peer's eyes. Fields: subject, reason."""
+
+    code = "certificate-refused"
+    message = "certificate of {subject} refused: {reason}"
+    hint = (
+        "Check that both sides were enrolled with the same vault, that neither certificate has expired or been revoked, "
+        "and that both clocks are right; enrolling again gives a new certificate."
+    )
+
+
+class TlsFault(PeerFault):
+    """The peer does not speak TLS 1.3 as we ask for. Fields: peer, reason."""
+
+    code = "tls-fault"
+    message = "TLS with {peer} failed: {reason}"
+    hint = "Check that the port is a process server's and that nothing between the two rewrites the connection."
+
+
 class NoGrant(PeerFault):
-    """The process server holds no grant for the disk (yet). Fields: disk. Retryable: grants arrive by the configuration server."""
+    """The process server holds no grant for the disk (yet). Fields: disk. Retryable: grants arrive by the
+    configuration server."""
 
     code = "no-grant"
     is_retryable = True
@@ -135,6 +177,39 @@ class ConnectionLost(LocalFault):
     is_retryable = True
     message = "connection to {peer} lost: {reason}"
     hint = "It is tried again with growing pauses; nothing is lost meanwhile."
+
+
+class SendNotAllowed(LocalFault):
+    """We were about to send what the protocol forbids: a bug of ours, caught before the peer saw it. Fields: event,
+    reason."""
+
+    code = "send-not-allowed"
+    message = "this program must not send {event}: {reason}"
+    hint = "This is a defect in Farpoint; report it with the log."
+
+
+class CertificateUnusable(LocalFault):
+    """Our own certificate, key, authority or revocation list cannot be used. Fields: path, reason."""
+
+    code = "certificate-unusable"
+    message = "{path} cannot be used: {reason}"
+    hint = "Enrolling again writes new certificate files."
+
+
+class CannotListen(LocalFault):
+    """Fields: host, port, reason."""
+
+    code = "cannot-listen"
+    message = "cannot listen on {host} port {port}: {reason}"
+    hint = "Choose an address of this machine and a port above 1023, or give the service the right to use the port."
+
+
+class PortTaken(CannotListen):
+    """Another program listens there. Fields: host, port."""
+
+    code = "port-taken"
+    message = "port {port} on {host} is taken by another program"
+    hint = "Stop the other program (`ss -ltnp` names it) or choose another port in the settings."
 
 
 class InvalidValue(LocalFault):

@@ -1,1 +1,1 @@
-"""Shells that move the protocol's bytes: TLS, the data channel, the HTTPS control client."""
+"""The protocol's shells: bytes between two programs, over TLS."""
