@@ -1,7 +1,7 @@
 """Which epochs of a disk are to be granted: the one in use and one spare.
 
-The spare lets an epoch change while this server is away. For one epoch at most one grant is ever signed; what was signed is kept and given
-out again, byte for byte.
+The spare lets an epoch change while this server is away. For one epoch at most one grant is ever signed; what was
+signed is kept and given out again, byte for byte.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class GrantNeed:
 
 
 def wanted_epochs(newest_used_epoch: int) -> tuple[int, ...]:
-    """newest_used_epoch: the highest that a process server has reported, 0 if none. Returns that in use, then the spare."""
+    """newest_used_epoch: the highest that was reported, 0 if none. Returns the epoch in use, then the spare."""
     present = max(newest_used_epoch, 1)
     return tuple(epoch for epoch in (present, present + 1) if epoch <= EPOCH_MAX)
 
