@@ -1,0 +1,118 @@
+"""Proofs that nobody writes to a disk while it is read: a read lease on an image file, exclusive use of a block device.
+
+A proof that was broken once stays broken, and lets the writer in at once. Where none can be had, what is read is fuzzy.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import threading
+
+from mobility_agent.errors import NotProvedStill
+
+_LEASE_REFUSALS = {
+    errno.EAGAIN: "somebody has the file open for writing",
+    errno.EACCES: "a lease needs the file's owner or CAP_LEASE",
+    errno.EINVAL: "the file system has no leases",
+    errno.ENOLCK: "the file system has no leases",
+    errno.EOPNOTSUPP: "the file system has no leases",
+}
+
+
+class LeaseProof:
+    """A read lease: the kernel makes whoever opens the file for writing, or truncates it, wait until it is given back.
+
+    The descriptor is open for reading only and takes one proof at a time.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        """Raises NotProvedStill."""
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+        self._is_held = True
+        try:
+            # why: SIGIO would end the process; SIGURG is ignored by default, and the state is polled anyway.
+            fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        except OSError as error:
+            reason = _LEASE_REFUSALS.get(error.errno or 0, error.strerror or str(error))
+            raise NotProvedStill(reason=reason) from error
+
+    def holds(self) -> bool:
+        with self._lock:
+            if self._is_held and fcntl.fcntl(self._descriptor, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
+                self._release()
+            return self._is_held
+
+    def end(self) -> bool:
+        was_still = self.holds()
+        with self._lock:
+            if self._is_held:
+                self._release()
+        return was_still
+
+    def _release(self) -> None:
+        self._is_held = False
+        try:
+            fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except OSError as error:
+            # why: EAGAIN says that the kernel has taken the lease away already.
+            if error.errno != errno.EAGAIN:
+                raise
+
+
+class ExclusiveProof:
+    """Exclusive use of a block device (nobody can mount it meanwhile), and the kernel's own count of writes unchanged.
+
+    The count catches those who write without mounting; what such a writer left in the page cache is flushed, and so
+    counted, by the reads that would see it, for they are O_DIRECT.
+    """
+
+    def __init__(self, path: str, *, device: int) -> None:
+        """device: st_rdev. Raises NotProvedStill."""
+        self._statistics_path = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat"
+        self._lock = threading.Lock()
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+        except OSError as error:
+            busy = "the device is mounted or in use"
+            raise NotProvedStill(reason=busy if error.errno == errno.EBUSY else str(error.strerror)) from error
+        self._descriptor: int | None = descriptor
+        try:
+            if os.fstat(descriptor).st_rdev != device:
+                raise NotProvedStill(reason="the path leads to another device now")
+            self._written = self._count()
+            if self._written is None:
+                raise NotProvedStill(reason="the kernel does not tell the device's write count")
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def holds(self) -> bool:
+        with self._lock:
+            if self._descriptor is not None and self._count() != self._written:
+                self._release(self._descriptor)
+            return self._descriptor is not None
+
+    def end(self) -> bool:
+        was_still = self.holds()
+        with self._lock:
+            if self._descriptor is not None:
+                self._release(self._descriptor)
+        return was_still
+
+    def _release(self, descriptor: int) -> None:
+        self._descriptor = None
+        os.close(descriptor)
+
+    def _count(self) -> tuple[str, ...] | None:
+        """Writes and discards completed, and their sectors; None when the kernel does not tell (any more)."""
+        try:
+            with open(self._statistics_path, encoding="ascii") as file:
+                fields = file.read().split()
+        except OSError:
+            return None
+        return tuple(fields[index] for index in (4, 6, 11, 13) if index < len(fields))
