@@ -6,11 +6,45 @@ makes them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from typing_extensions import Buffer
+
+from protocol.errors import InvalidValue
+
+OBJECT_NAME_BYTES_MAX: Final = 900
+"""Azure Blob takes 1024, its container's prefix included."""
+
+COMPONENT_BYTES_MAX: Final = 200
+"""Of local file systems' 255."""
+
+_COMPONENT: Final = re.compile(rf"[A-Za-z0-9_-](?:[A-Za-z0-9._-]{{0,{COMPONENT_BYTES_MAX - 2}}}[A-Za-z0-9_-])?")
+
+
+def is_component(text: str) -> bool:
+    """Whether `text` may stand between two slashes of an object name: no dot at either end, nothing that any store
+    reads otherwise.
+    """
+    return _COMPONENT.fullmatch(text) is not None
+
+
+def check_object_name(name: str) -> str:
+    """Returns `name`. Raises InvalidValue unless it is a relative path of components that every store takes
+    literally.
+    """
+    if len(name) > OBJECT_NAME_BYTES_MAX or not all(is_component(part) for part in name.split("/")):
+        raise InvalidValue(what="object name", value=name, rule="must be a relative path of plain ASCII components")
+    return name
+
+
+def clamp_range(size_bytes: int, first_byte: int, end_byte: int | None) -> tuple[int, int]:
+    """The half-open range that `read` means in an object of this size; first <= end <= size."""
+    first = min(first_byte if first_byte >= 0 else max(0, size_bytes + first_byte), size_bytes)
+    end = size_bytes if end_byte is None else min(end_byte, size_bytes)
+    return first, max(first, end)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
