@@ -51,8 +51,8 @@ Vault: TypeAlias = Annotated[VaultId, StringConstraints(pattern=_IDENTIFIER_PATT
 ProcessServer: TypeAlias = Annotated[ProcessServerId, StringConstraints(pattern=_IDENTIFIER_PATTERN)]
 Point: TypeAlias = Annotated[PointId, StringConstraints(pattern=_IDENTIFIER_PATTERN)]
 Identifier: TypeAlias = Annotated[str, StringConstraints(pattern=_IDENTIFIER_PATTERN)]
-CertificateSerial: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{1,40}$")]
-"""A certificate's serial number in lower-case hexadecimal, without leading zeroes."""
+CertificateSerial: TypeAlias = Annotated[str, StringConstraints(pattern=r"^([0-9A-F]{2}){1,20}$")]
+"""A certificate's serial number as the ssl module and transport.tls give it: whole bytes in upper-case hexadecimal."""
 Name: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=NAME_LENGTH_MAX)]
 Text: TypeAlias = Annotated[str, StringConstraints(max_length=NAME_LENGTH_MAX)]
 Path: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=PATH_LENGTH_MAX)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from protocol.errors import LocalFault, NotPermitted, PeerFault, ReplicationError
+from protocol.errors import CertificateRefused, LocalFault, NotPermitted, PeerFault, ReplicationError
 
 
 class ControlFault(ReplicationError):
@@ -41,14 +41,6 @@ class CertificateTimeInvalid(ControlFault):
     code = "certificate-time-invalid"
     message = "configuration server {server}: a certificate does not fit this machine's clock: {reason}"
     hint = "Compare the clocks of both machines (`timedatectl`); if they are right, enrol again with a new join token."
-
-
-class CertificateRefused(ControlFault):
-    """The server does not accept our certificate: revoked, expired, of another authority or role. Fields: reason."""
-
-    code = "certificate-refused"
-    message = "the configuration server refuses this program's certificate: {reason}"
-    hint = "Enrol again with a new join token, if this program is still to take part."
 
 
 class AnswerMalformed(ControlFault):

@@ -32,7 +32,6 @@ from protocol.control import (
 from protocol.control_errors import (
     REFUSALS,
     AnswerMalformed,
-    CertificateRefused,
     CertificateTimeInvalid,
     RefusedByServer,
     ServerNotTrusted,
@@ -53,7 +52,7 @@ from protocol.enrollment import (
     signing_key_pem,
     transcript,
 )
-from protocol.errors import InvalidValue, ReplicationError
+from protocol.errors import CertificateRefused, CertificateUnusable, InvalidValue, ReplicationError
 from protocol.join_token import JoinToken
 from protocol.operator_messages import (
     POINTS_PER_PAGE_MAX,
@@ -89,16 +88,19 @@ _Reply = TypeVar("_Reply", bound=BaseModel)
 def client_context(*, authority_pem: bytes, credentials_path: str | None = None) -> ssl.SSLContext:
     """TLS 1.3, host name checked, trusting `authority_pem` alone; blocks shortly to read the credentials file.
 
-    Raises ServerNotTrusted (authority_pem holds no certificate), OSError, ssl.SSLError (credentials unusable).
+    Raises CertificateUnusable.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
         context.load_verify_locations(cadata=authority_pem.decode("ascii"))
     except (ssl.SSLError, UnicodeDecodeError, ValueError) as error:
-        raise ServerNotTrusted(server="", reason="the authority's certificate cannot be read") from error
-    if credentials_path is not None:
-        context.load_cert_chain(credentials_path)
+        raise CertificateUnusable(path="the authority's certificate", reason=str(error)) from error
+    try:
+        if credentials_path is not None:
+            context.load_cert_chain(credentials_path)
+    except OSError as error:
+        raise CertificateUnusable(path=credentials_path, reason=str(error)) from error
     return context
 
 
@@ -193,7 +195,8 @@ class ControlConnection:
                 return CertificateTimeInvalid(server=self._url, reason=reason)
             return ServerNotTrusted(server=self._url, reason=reason)
         if cause is not None and any(alert in (cause.reason or "") for alert in _REFUSING_ALERTS):
-            return CertificateRefused(reason=(cause.reason or "").lower().replace("_", " "))
+            reason = (cause.reason or "").lower().replace("_", " ")
+            return CertificateRefused(subject="this program", reason=f"{self._url} answers: {reason}")
         return ServerUnreachable(server=self._url, reason=str(error) or type(error).__name__)
 
     def _refusal(self, status: int, content_type: str, data: bytes) -> ReplicationError:
