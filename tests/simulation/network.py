@@ -161,9 +161,11 @@ class SimulatedTransport(asyncio.Transport):
         # why: a protocol may pause reading, or close, in the middle of a burst
         while self._under_way and not other._is_reading_paused and not other._is_lost:
             piece = self._under_way.popleft()
-            self._under_way_bytes -= len(piece)
-            self.bytes_delivered += len(piece)
-            other._feed(piece)
+            taken = other._feed(piece)
+            self._under_way_bytes -= taken
+            self.bytes_delivered += taken
+            if taken < len(piece) and not self._is_lost:
+                self._under_way.appendleft(piece[taken:])
         if self._is_lost:
             return
         if self._is_writing_paused and self._under_way_bytes < LOW_WATER_BYTES and self.process.is_alive:
@@ -174,20 +176,22 @@ class SimulatedTransport(asyncio.Transport):
         else:
             self._schedule_delivery()
 
-    def _feed(self, piece: bytes) -> None:
+    def _feed(self, piece: bytes) -> int:
+        """Hands bytes to the protocol until it pauses; returns how many it took. What a closing end gets is dropped."""
         if self._is_closing:
-            return
+            return len(piece)
         protocol = self._protocol
-        if isinstance(protocol, asyncio.BufferedProtocol):
-            view = memoryview(piece)
-            while view and not self._is_lost:
-                buffer = memoryview(protocol.get_buffer(len(view)))
-                count = min(len(buffer), len(view))
-                buffer[:count] = view[:count]
-                view = view[count:]
-                protocol.buffer_updated(count)
-        else:
+        if not isinstance(protocol, asyncio.BufferedProtocol):
             protocol.data_received(piece)  # type: ignore[union-attr]
+            return len(piece)
+        view = memoryview(piece)
+        while view and not self._is_reading_paused and not self._is_closing:
+            buffer = memoryview(protocol.get_buffer(len(view)))
+            count = min(len(buffer), len(view))
+            buffer[:count] = view[:count]
+            view = view[count:]
+            protocol.buffer_updated(count)
+        return len(piece) if self._is_closing else len(piece) - len(view)
 
     def _finish_closing(self) -> None:
         if self._is_lost:

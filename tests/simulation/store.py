@@ -14,12 +14,13 @@ from typing import Final
 
 from typing_extensions import Buffer
 
-from storage.backends.object_store import ObjectInfo
+from storage.backends.object_store import ObjectInfo, check_object_name, clamp_range
 from storage.errors import ObjectExists, ObjectNotFound, StoreOutcomeUnknown, StoreUnavailable
 from tests.simulation.clock import true_now_ns
-from tests.simulation.process import SimulatedProcess
+from tests.simulation.process import ProcessKilled, SimulatedProcess
 
 LATENCY_SECONDS_MAX: Final = 0.05
+LATE_SECONDS_MAX: Final = 5.0
 URL: Final = "memory://simulation"
 
 
@@ -36,6 +37,7 @@ class StoreContents:
         self.failure_probability = 0.0
         self.lost_reply_probability = 0.0
         self.on_create: Callable[[str], None] = lambda name: None
+        self.on_delete: Callable[[str], None] = lambda name: None
         self.on_fault: Callable[[str, str], None] = lambda kind, name: None
 
     def put(self, name: str, data: bytes) -> None:
@@ -46,18 +48,30 @@ class StoreContents:
         bisect.insort(self.sorted_names, name)
         self.on_create(name)
 
+    def land(self, name: str, data: bytes, delay_seconds: float) -> None:
+        """A create whose sender is gone arrives: at once, or after the delay."""
+        if delay_seconds:
+            self.loop.call_later(delay_seconds, self.land, name, data, 0.0)
+        elif name not in self.objects and not self.is_down:
+            self.on_fault("store-late-create", name)
+            self.put(name, data)
+
     def remove(self, name: str) -> None:
         if self.objects.pop(name, None) is not None:
             self.sorted_names.remove(name)
+            self.on_delete(name)
             del self.modified_ns[name]
 
 
 class SimulatedStore:
     """One process's ObjectStore."""
 
-    def __init__(self, contents: StoreContents, process: SimulatedProcess) -> None:
+    def __init__(
+        self, contents: StoreContents, process: SimulatedProcess, *, latency_seconds_max: float = LATENCY_SECONDS_MAX
+    ) -> None:
         self._contents = contents
         self._process = process
+        self._latency_seconds_max = latency_seconds_max
 
     @property
     def url(self) -> str:
@@ -66,7 +80,14 @@ class SimulatedStore:
     async def create(self, name: str, parts: Sequence[Buffer]) -> None:
         contents = self._contents
         data = b"".join(bytes(part) for part in parts)
-        await self._travel("create", name)
+        try:
+            await self._travel("create", name)
+        except (asyncio.CancelledError, ProcessKilled):
+            # why: the request may be on its way already; a dead sender's may arrive even later
+            if contents.draw.random() < 0.5:
+                delay = 0.0 if self._process.is_alive else contents.draw.random() * LATE_SECONDS_MAX
+                contents.land(name, data, delay)
+            raise
         contents.put(name, data)
         if contents.draw.random() < contents.lost_reply_probability:
             contents.on_fault("store-lost-reply", name)
@@ -77,16 +98,17 @@ class SimulatedStore:
     async def read(self, name: str, *, first_byte: int = 0, end_byte: int | None = None) -> bytes:
         await self._travel("read", name)
         data = self._object(name)
-        if first_byte < 0:
-            first_byte = max(0, len(data) + first_byte)
-        return data[first_byte : len(data) if end_byte is None else end_byte]
+        first, end = clamp_range(len(data), first_byte, end_byte)
+        return data[first:end]
 
     async def info(self, name: str) -> ObjectInfo:
         await self._travel("info", name)
         return self._info(name)
 
     async def list(self, prefix: str, *, after: str = "") -> AsyncIterator[ObjectInfo]:
-        await self._travel("list", prefix)
+        if prefix:
+            check_object_name(f"{prefix}x")
+        await self._travel("list", prefix, is_prefix=True)
         names = self._contents.sorted_names
         first = max(bisect.bisect_left(names, prefix), bisect.bisect_right(names, after))
         found = []
@@ -114,8 +136,10 @@ class SimulatedStore:
         data = self._object(name)
         return ObjectInfo(name=name, size_bytes=len(data), modified_ns=self._contents.modified_ns[name])
 
-    async def _travel(self, what: str, name: str) -> None:
+    async def _travel(self, what: str, name: str, *, is_prefix: bool = False) -> None:
         self._process.check_alive()
+        if not is_prefix:
+            check_object_name(name)
         await self._delay()
         contents = self._contents
         if contents.is_down or contents.draw.random() < contents.failure_probability:
@@ -123,5 +147,5 @@ class SimulatedStore:
             raise StoreUnavailable(url=URL, reason=f"simulated: {what} failed", name=name)
 
     async def _delay(self) -> None:
-        await asyncio.sleep(self._contents.draw.random() ** 3 * LATENCY_SECONDS_MAX)
+        await asyncio.sleep(self._contents.draw.random() ** 3 * self._latency_seconds_max)
         self._process.check_alive()
