@@ -96,7 +96,9 @@ class HistoryForked(VaultFault):
     """Another object lies where ours belongs: somebody else extends this history. Fields: name."""
 
     code = "history-forked"
-    message = "{name} holds another segment than the one to be written there; this process server no longer owns the epoch"
+    message = (
+        "{name} holds another segment than the one to be written there; this process server no longer owns the epoch"
+    )
     hint = "Another process server has taken the disk over. This one stops extending it."
 
 
@@ -122,3 +124,11 @@ class WrongRecoveryKey(VaultFault):
     code = "wrong-recovery-key"
     message = "recovery key {path}: {reason}"
     hint = "Use one of the key files that `farpoint vault init` wrote for this vault."
+
+
+class PositionNotFound(VaultFault):
+    """The trusted part of the history does not reach so far. Fields: disk, position."""
+
+    code = "position-not-found"
+    message = "disk {disk} has no position {position} in storage"
+    hint = "List what can be recovered with `farpoint points --store URL --recovery-key FILE`."

@@ -74,6 +74,15 @@ class SegmentIndex:
         """Those of the change sets that carry a bookmark."""
         return self._ends(self.heads["flags"] & FLAG_BOOKMARK != 0)
 
+    def end_of(self, sequence: int) -> ChangeSetEnd | None:
+        """What the change set `sequence`, which must be in this segment, stated."""
+        return self.entry(self.frames_through(sequence) - 1).head.end
+
+    def newest_cursor_bytes(self) -> int | None:
+        """The last copy-in cursor that was stated in this segment, None if none was."""
+        stated = self.heads["cursor_bytes"][self.heads["flags"] & FLAG_CURSOR != 0]
+        return int(stated[-1]) if len(stated) else None
+
     def _ends(self, chosen: NDArray[numpy.bool_]) -> list[tuple[int, ChangeSetEnd]]:
         rows = self.heads[chosen].tobytes()
         heads = (parse_head(rows[start : start + HEAD_BYTES]) for start in range(0, len(rows), HEAD_BYTES))
