@@ -117,8 +117,8 @@ class CertificateRefused(NotPermitted):
     code = "certificate-refused"
     message = "certificate of {subject} refused: {reason}"
     hint = (
-        "Check that both sides were enrolled with the same vault, that neither certificate has expired or been revoked, "
-        "and that both clocks are right; enrolling again gives a new certificate."
+        "Check that both sides were enrolled with the same vault, that neither certificate has expired or been "
+        "revoked, and that both clocks are right; enrolling again gives a new certificate."
     )
 
 

@@ -108,7 +108,7 @@ class TlsStream(asyncio.BufferedProtocol):
             try:
                 self.ssl_object.unwrap()
             except ssl.SSLError:
-                pass  # why: it wants the peer's close_notify, for which lingering waits; ours is among the outgoing bytes
+                pass  # why: it wants the peer's close_notify, for which lingering waits; ours is in the outgoing bytes
             self._linger()
 
     def abort(self) -> None:
