@@ -161,7 +161,8 @@ class AzureBlobStore:
 
     def _answer_fault(self, error: HttpResponseError, name: str, *, is_create: bool) -> StoreFault:
         """What an answer of the service that is not a success means, most specific first."""
-        status, code = error.status_code or 0, str(getattr(error, "error_code", "") or "")
+        status, code = error.status_code or 0, getattr(error, "error_code", None) or ""
+        code = str(getattr(code, "value", code))
         fields = {"url": self.url, "name": name, "reason": f"{code or 'error'} ({status})"}
         if isinstance(error, CredentialUnavailableError):
             return StoreNotPermitted(**fields | {"reason": "no Azure credential was found"})

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import suppress
 
 import pytest
 
@@ -193,10 +194,12 @@ class ObjectStoreContract:
             # the buffer is the caller's again, and what he does with it must not show in the object
             buffer[:] = bytes(len(buffer))
             try:
-                assert await store.read(name) == expected
+                found = await store.read(name)
             except ObjectNotFound:
-                await store.create(name, [expected])
-                assert await store.read(name) == expected
+                with suppress(ObjectExists):  # a request that was on its way when it was cancelled
+                    await store.create(name, [expected])
+                found = await store.read(name)
+            assert found == expected
 
     @pytest.mark.parametrize("name", HOSTILE_NAMES)
     async def test_a_hostile_name_is_refused_by_every_call(self, store: ObjectStore, name: str) -> None:
