@@ -61,12 +61,11 @@ def read_address(url: str, *, credentials_file: Path | None, environment: Mappin
     Raises StoreUrlInvalid, SecretMissing or SecretUnreadable.
     """
     parts = urlsplit(url)
-    account, container, prefix = _names(url, parts)
+    url = _without_query(parts)
     options = parse_qs(parts.query)
     if set(options) - {"endpoint"} or parts.fragment or "@" in parts.netloc:
-        raise StoreUrlInvalid(
-            url=_without_query(parts), reason="it may have the option endpoint and no other, and no secrets"
-        )
+        raise StoreUrlInvalid(url=url, reason="it may have the option endpoint, no other, and no credentials")
+    account, container, prefix = _names(url, parts)
     secret, origin = _read_secret_text(credentials_file, environment)
     is_connection_string = "AccountName=" in secret or "BlobEndpoint=" in secret
     connection = _connection_settings(secret, origin) if is_connection_string else {}

@@ -59,8 +59,8 @@ class ObjectInfo:
 class ObjectStore(Protocol):
     """Every method may raise a storage.errors.StoreFault, which says whether it is worth a retry.
 
-    A cancelled or failed create() leaves the whole object or nothing; cancelled, or with its outcome unknown, it may also
-    still appear afterwards.
+    A cancelled or failed create() leaves the whole object or nothing; cancelled, or with its outcome unknown, it may
+    also still appear afterwards.
     """
 
     @property
