@@ -20,7 +20,7 @@ LogFormat = Literal["auto", "json", "console"]
 
 REDACTED: Final = "[redacted]"
 _SECRET_KEY: Final = re.compile(
-    r"secret|passphrase|password|private_key|credential|connection_string|\bsas\b|token(?!_file)"
+    r"(secret|passphrase|password|private_key|credential|connection_string|\bsas|_sas|token)(?!\w*_(file|path|id)\b)"
 )
 _SECRET_QUERY: Final = re.compile(r"((?:\bsig|AccountKey|SharedAccessSignature)=)[^&;\s\"']+", re.IGNORECASE)
 _QUIET_LOGGERS: Final = ("azure", "aiohttp.access", "asyncio", "aiosqlite", "sqlalchemy", "alembic")

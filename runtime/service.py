@@ -73,6 +73,10 @@ async def _run(main: Callable[[StopSignal], Awaitable[None]], stop_deadline_seco
         loop.add_signal_handler(number, on_signal, number)
     try:
         await _supervise(main, stop, hurry, stop_deadline_seconds)
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) > 1:
+            raise
+        raise group.exceptions[0] from None
     finally:
         for number in _STOP_SIGNALS:
             loop.remove_signal_handler(number)

@@ -177,8 +177,8 @@ def _from_environment(
 def _leaves(values: Mapping[str, Any], known: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         key = prefix + name
-        is_section = isinstance(value, Mapping) and key not in known
-        if is_section and any(other.startswith(f"{key}.") for other in known):
+        is_known_section = any(other.startswith(f"{key}.") for other in known)
+        if isinstance(value, Mapping) and key not in known and (value or is_known_section):
             yield from _leaves(value, known, f"{key}.")
         else:
             yield key, value

@@ -62,13 +62,13 @@ class DurableDirectoryContract:
 
     @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "/etc", "a\0b"])
     def test_a_name_that_is_no_flat_file_name_is_refused(self, directory: DurableDirectory, name: str) -> None:
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="name"):
             directory.replace(name, b"x")
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="name"):
             directory.open(name, create=True)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="name"):
             directory.read(name)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="name"):
             directory.remove(name)
 
     def test_many_buffers_are_written_one_behind_the_other(self, directory: DurableDirectory) -> None:

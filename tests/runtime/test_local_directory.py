@@ -1,4 +1,6 @@
-"""The local file system passes the contract, and keeps what it says about modes, whole replacement and its own leftovers."""
+"""The local file system passes the contract, and keeps what it says about modes, whole replacement and its own
+leftovers.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def test_an_unfinished_replacement_is_not_listed_and_the_next_one_takes_its_plac
     assert os.listdir(directory.path) == ["state"]
 
 
-def test_a_failed_replacement_leaves_the_old_contents(directory: LocalDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_replacement_leaves_the_old_contents(
+    directory: LocalDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory.replace("state", b"old")
 
     def refuse(descriptor: int) -> None:
@@ -123,7 +127,7 @@ def test_a_file_system_without_direct_io_is_written_buffered(
 def test_a_symbolic_link_is_not_followed(directory: LocalDirectory, tmp_path: Path) -> None:
     (tmp_path / "outside").write_bytes(b"secret")
     (directory.path / "link").symlink_to(tmp_path / "outside")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="symbolic"):
         directory.read("link")
     assert directory.names() == []
 
