@@ -480,7 +480,7 @@ def _nic_description(row: list[object]) -> NicDescription:
 
 
 def _consistency(value: object) -> Consistency:
-    if value not in {member.value for member in Consistency}:
+    if not isinstance(value, str) or value not in {member.value for member in Consistency}:
         raise InvalidValue(what="consistency", value=value, rule="must be a known consistency")
     return Consistency(value)
 
