@@ -5,13 +5,13 @@ Methods that are not `async` and not marked "does not block" may block: the shel
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol, TypeAlias
 
 from typing_extensions import Buffer
 
 from protocol.control import DiskIdentity, ProcessServerAddress
-from protocol.messages import Message
+from protocol.transport.channel import Channel
 
 
 class StillnessProof(Protocol):
@@ -66,32 +66,6 @@ class OpenSource(Protocol):
     def __call__(self, path: str, expected: DiskIdentity | None) -> SourceDisk:
         """Opens the disk at `path`. Raises DiskVanished, DiskReplaced or DiskResized if it is not the expected one."""
         ...
-
-
-class Received(Protocol):
-    """What arrived on a channel; `release()` gives its buffer back."""
-
-    @property
-    def message(self) -> Message: ...
-
-    @property
-    def body(self) -> memoryview: ...
-
-    def release(self) -> None: ...
-
-
-class Channel(Protocol):
-    """A connected and authenticated connection (protocol.transport.channel.Channel fits). Errors: ConnectionLost."""
-
-    async def send(self, message: Message, body: Sequence[Buffer] = ()) -> None:
-        """Returns when the transport took it; waits while the peer does not read. The buffers are free on return."""
-        ...
-
-    async def receive(self) -> Received:
-        """The next message. Raises ConnectionLost at the end of the connection."""
-        ...
-
-    async def close(self) -> None: ...
 
 
 DrawRandom: TypeAlias = Callable[[int], bytes]

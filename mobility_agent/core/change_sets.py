@@ -152,29 +152,33 @@ class ChangeSetBuilder:
         self._raw_bytes_target = raw_bytes_target
         self._raw_bytes = 0
         self._extent_count = 0
-        self._extents = ExtentSet.of()
-        self._frames = 0
+        self._extents: list[ExtentSet] = []
 
     @property
     def frame_count(self) -> int:
-        return self._frames
+        return len(self._extents)
 
     @property
-    def extents(self) -> ExtentSet:
-        return self._extents
+    def is_full(self) -> bool:
+        """Whether another full frame would pass a limit: the newest frame is to be the last."""
+        return (
+            self._raw_bytes > self._raw_bytes_target - FRAME_RAW_BYTES_MAX
+            or self._extent_count > CHANGE_SET_EXTENTS_MAX - FRAME_EXTENTS_MAX
+            or len(self._extents) >= CHANGE_SET_FRAMES_MAX - 1
+        )
 
-    def takes(self, *, raw_bytes: int, extent_count: int) -> bool:
-        """Whether a further frame of this size still belongs in this change set. The first always does."""
-        return self._frames == 0 or (
-            self._raw_bytes + raw_bytes <= self._raw_bytes_target
-            and self._extent_count + extent_count <= CHANGE_SET_EXTENTS_MAX
-            and self._frames < CHANGE_SET_FRAMES_MAX - 1
+    def extents(self) -> ExtentSet:
+        """All that the change set touches."""
+        if not self._extents:
+            return ExtentSet.of()
+        return ExtentSet.from_bounds(
+            numpy.concatenate([extents.first for extents in self._extents]),
+            numpy.concatenate([extents.end for extents in self._extents]),
         )
 
     def add(self, frame: PackedFrame) -> int:
         """Takes a frame in; returns its number."""
         self._raw_bytes += frame.raw_bytes
         self._extent_count += len(frame.table)
-        self._extents |= frame.extents
-        self._frames += 1
-        return self._frames - 1
+        self._extents.append(frame.extents)
+        return len(self._extents) - 1

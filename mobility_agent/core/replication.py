@@ -41,6 +41,8 @@ class Event(enum.Enum):
     """Less is durable than was acknowledged: the cache was lost."""
     CLOSED_BY_PEER = "closed_by_peer"
     REFUSED_FOR_GOOD = "refused_for_good"
+    WORK_FAILED = "work_failed"
+    """What was being done failed in a way that another attempt may mend."""
     COPY_COMPLETED = "copy_completed"
     RESYNC_NEEDED = "resync_needed"
     PAUSE_ORDERED = "pause_ordered"
@@ -84,12 +86,14 @@ TABLE: Final[dict[tuple[State, Event], Transition]] = {
     (State.UNOPENED, Event.CONNECTION_LOST): _to(State.UNOPENED, Action.NONE),
     (State.UNOPENED, Event.PAUSE_ORDERED): _to(State.PAUSED, Action.NONE),
     (State.UNOPENED, Event.DISK_FAILED): _to(State.STOPPED, Action.STOP),
+    (State.OPENING, Event.CONNECTED): _to(State.OPENING, Action.OPEN),
     (State.OPENING, Event.CONNECTION_LOST): _to(State.DISCONNECTED, Action.SUSPEND),
     (State.OPENING, Event.OPENED_EMPTY): _to(State.INITIAL_REPLICATION, Action.COPY),
     (State.OPENING, Event.OPENED_DIFFERING): _to(State.RESYNCHRONIZATION, Action.COPY),
     (State.OPENING, Event.OPENED_COMPLETE): _to(State.DELTA_REPLICATION, Action.DELTA),
     (State.OPENING, Event.OPENED_BEHIND): _to(State.OPENING, Action.OPEN_NEW_EPOCH),
     (State.OPENING, Event.CLOSED_BY_PEER): _to(State.DISCONNECTED, Action.WAIT),
+    (State.OPENING, Event.WORK_FAILED): _to(State.DISCONNECTED, Action.WAIT),
     (State.OPENING, Event.REFUSED_FOR_GOOD): _to(State.STOPPED, Action.STOP),
     (State.OPENING, Event.PAUSE_ORDERED): _to(State.PAUSED, Action.SUSPEND),
     (State.OPENING, Event.DISK_FAILED): _to(State.STOPPED, Action.STOP),
@@ -117,6 +121,7 @@ TABLE: Final[dict[tuple[State, Event], Transition]] = {
 for _state in _WORKING:
     TABLE[_state, Event.CONNECTION_LOST] = _to(State.DISCONNECTED, Action.SUSPEND)
     TABLE[_state, Event.CLOSED_BY_PEER] = _to(State.DISCONNECTED, Action.WAIT)
+    TABLE[_state, Event.WORK_FAILED] = _to(State.DISCONNECTED, Action.WAIT)
     TABLE[_state, Event.REFUSED_FOR_GOOD] = _to(State.STOPPED, Action.STOP)
     TABLE[_state, Event.PAUSE_ORDERED] = _to(State.PAUSED, Action.SUSPEND)
     TABLE[_state, Event.DISK_FAILED] = _to(State.STOPPED, Action.STOP)
@@ -179,7 +184,7 @@ def judge_opening(standing: Standing, opened: DiskOpened, *, disk: DiskId, disk_
         # it.
         is_ours = opened.durable_sequence <= standing.sent_sequence
         relation = Relation.SAME_EPOCH if is_ours else Relation.UNKNOWN
-    elif opened.parent_epoch == standing.epoch and standing.epoch and opened.parent_sequence <= standing.sent_sequence:
+    elif _continues(standing, opened):
         relation = Relation.CONTINUED
     else:
         relation = Relation.UNKNOWN
@@ -190,6 +195,12 @@ def judge_opening(standing: Standing, opened: DiskOpened, *, disk: DiskId, disk_
         is_base_empty=is_first and not is_complete,
         cursor_bytes=cursor or 0,
     )
+
+
+def _continues(standing: Standing, opened: DiskOpened) -> bool:
+    """Whether the new epoch is empty and begins at a position of the epoch that the agent knows."""
+    is_next = standing.epoch > 0 and opened.parent_epoch == standing.epoch
+    return is_next and opened.parent_sequence <= standing.sent_sequence and opened.durable_sequence == 0
 
 
 def is_settled(*, first_bytes: int, is_still: bool, dirty_remains: bool) -> bool:
