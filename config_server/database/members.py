@@ -11,7 +11,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from config_server.core.join_tokens import StoredJoinToken
 from config_server.database.schema import certificates, disks, join_tokens, machines, process_servers
-from protocol.control import AgentReport, FaultReport, HostDescription, ProcessServerReport, RevocationList
+from protocol.control import (
+    AgentReport,
+    FaultReport,
+    HostDescription,
+    ProcessServerAddress,
+    ProcessServerReport,
+    RevocationList,
+)
 from protocol.vocabulary import MachineId, ProcessServerId, Role
 
 _FAULTS = TypeAdapter(tuple[FaultReport, ...])
@@ -44,6 +51,13 @@ class StoredProcessServer:
     faults: tuple[FaultReport, ...]
     heard_ns: int | None
     protected_disks: int
+
+    @property
+    def address(self) -> ProcessServerAddress | None:
+        """None until its first report."""
+        if self.port is None:
+            return None
+        return ProcessServerAddress(process_server=self.process_server, host=self.host, port=self.port)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +174,14 @@ async def find_process_server(
     query = _select_process_servers().where(process_servers.c.process_server == process_server)
     row = (await connection.execute(query)).one_or_none()
     return None if row is None else _process_server(row)
+
+
+async def address_of(
+    connection: AsyncConnection, process_server: ProcessServerId | None
+) -> ProcessServerAddress | None:
+    """None if there is none, or it has not said yet where it listens."""
+    stored = None if process_server is None else await find_process_server(connection, process_server)
+    return None if stored is None else stored.address
 
 
 async def record_process_server_report(

@@ -1,0 +1,80 @@
+"""`config-server`: init, run, config show|check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from config_server.installation import (
+    ADMIN_TOKEN_FILE,
+    AUTHORITY_FILE,
+    initialise,
+)
+from config_server.service import ConfigServer
+from config_server.settings import ConfigServerSettings
+from protocol.signed_records import parse_authority_key
+from runtime.clock import SystemClock
+from runtime.command_line import ProgramGroup, config_commands, output_option, with_settings
+from runtime.exit_codes import ExitCode
+from runtime.logs import configure_logs
+from runtime.output import Output
+from runtime.secrets import read_secret
+from runtime.service import run_service
+from runtime.settings import Loaded
+
+PROGRAM = "config-server"
+
+_directory_option = click.option(
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The state directory; /var/lib/farpoint/config-server by default.",
+)
+
+
+@click.group(cls=ProgramGroup)
+def main() -> None:
+    """The configuration server: enrolment, certificates, grants, RPO, recovery points; never on the data path."""
+
+
+@main.command("init")
+@_directory_option
+@click.option(
+    "--authority-key",
+    "authority_key",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="The vault's authority key file, as `farpoint vault init` wrote it.",
+)
+@output_option
+@with_settings(ConfigServerSettings, PROGRAM, flags={"directory": "state_directory"})
+def init(loaded: Loaded[ConfigServerSettings], output: Output, authority_key: Path) -> None:
+    """Make a configuration server for a vault. Never overwrites one."""
+    key = parse_authority_key(read_secret(authority_key))
+    path = loaded.settings.state_directory
+    installation = initialise(path, authority_key=key, now_ns=SystemClock().now_ns())
+    output.record(
+        {
+            "vault": installation.vault,
+            "directory": str(path),
+            "admin_token_file": str(path / ADMIN_TOKEN_FILE),
+            "authority_file": str(path / AUTHORITY_FILE),
+        }
+    )
+
+
+@main.command("run")
+@_directory_option
+@click.option("--listen", help="HOST:PORT to serve HTTPS on.")
+@with_settings(ConfigServerSettings, PROGRAM, flags={"directory": "state_directory", "listen": "listen"})
+def run(loaded: Loaded[ConfigServerSettings]) -> ExitCode:
+    """Serve until SIGTERM."""
+    configure_logs(loaded.settings.log, program=PROGRAM)
+    return run_service(ConfigServer(loaded.settings).run)
+
+
+main.add_command(config_commands(ConfigServerSettings, PROGRAM))
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Turns requests into calls: who is it, may they, is it well formed; only then does a handler see it.
+
+The order is fixed: credentials before the body is read, its size before it is parsed, its form before it is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Final
+
+import structlog
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+from pydantic import BaseModel, ValidationError
+
+from config_server.api.openapi import openapi_document
+from config_server.api.problems import problem_response
+from config_server.api.routes import ACCESS_OF_ROLE, MEMBERS, ROUTES, Access, Call, Caller, Rooms, Route
+from config_server.metrics import ConfigServerMetrics
+from protocol.control_errors import (
+    CredentialMissing,
+    RequestInvalid,
+    RequestTooLarge,
+    ResourceNotFound,
+    ServerUnwell,
+)
+from protocol.errors import NotPermitted, ReplicationError
+from protocol.transport.tls import certificate_serial_of, identity_of
+
+BODY_SECONDS_MAX: Final = 30.0
+"""How long a request's body may take to arrive."""
+
+log = structlog.get_logger(__name__)
+
+
+def make_application(rooms: Rooms, metrics: ConfigServerMetrics) -> web.Application:
+    """All routes of the table, and the document that describes them."""
+    application = web.Application(middlewares=[_problems(metrics)])
+    for route in ROUTES:
+        application.router.add_route(route.method, route.template, _handle(route, rooms))
+    document = openapi_document(ROUTES)
+
+    async def describe(request: web.Request) -> web.Response:
+        return web.json_response(document)
+
+    application.router.add_get("/openapi.json", describe, allow_head=False)
+    return application
+
+
+def _handle(route: Route, rooms: Rooms) -> Handler:
+    async def handle(request: web.Request) -> web.Response:
+        caller = await _identify(request, route, rooms)
+        call = Call(
+            caller=caller,
+            path=_validate(route.path, dict(request.match_info)),
+            query=_validate(route.query, _single_values(request)),
+            body=None if route.body is None else await _read_body(request, route, route.body),
+        )
+        reply = await route.handler(rooms, call)
+        return web.Response(body=reply.model_dump_json(), content_type="application/json")
+
+    return handle
+
+
+async def _identify(request: web.Request, route: Route, rooms: Rooms) -> Caller:
+    """Raises CredentialMissing, CertificateRefused, NotPermitted."""
+    if Access.ANYONE in route.serves:
+        return Caller(access=Access.ANYONE)
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    if scheme:
+        if scheme.lower() != "bearer" or not rooms.admission.is_admin_token(token.strip()):
+            raise CredentialMissing(needs="a valid admin token")
+        caller = Caller(access=Access.OPERATOR)
+    else:
+        caller = await _identify_member(request, route, rooms)
+    if caller.access not in route.serves:
+        raise NotPermitted(subject=caller.access.value, reason=f"{route.method} {route.template} is not for this role")
+    return caller
+
+
+async def _identify_member(request: web.Request, route: Route, rooms: Rooms) -> Caller:
+    ssl_object = request.get_extra_info("ssl_object")
+    # why: an empty dictionary is what the ssl module gives for a certificate that was not verified
+    if not isinstance(ssl_object, ssl.SSLObject | ssl.SSLSocket) or not ssl_object.getpeercert():
+        needs = "a member's certificate" if route.serves & MEMBERS else "the admin token"
+        raise CredentialMissing(needs=needs)
+    identity = identity_of(ssl_object)
+    certificate = await rooms.admission.authenticate(identity, certificate_serial_of(ssl_object))
+    access = ACCESS_OF_ROLE.get(certificate.role)
+    if access is None:
+        raise NotPermitted(subject=identity.uri, reason="this role calls nobody")
+    return Caller(access=access, certificate=certificate)
+
+
+def _validate(model: type[BaseModel], values: Mapping[str, str]) -> BaseModel:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise RequestInvalid(reason=_first_reason(error)) from error
+
+
+def _single_values(request: web.Request) -> dict[str, str]:
+    if len(set(request.query)) != len(request.query):
+        raise RequestInvalid(reason="a query parameter is given twice")
+    return dict(request.query)
+
+
+async def _read_body(request: web.Request, route: Route, model: type[BaseModel]) -> BaseModel:
+    if request.content_type != "application/json" or "Content-Encoding" in request.headers:
+        raise RequestInvalid(reason="the body must be plain application/json")
+    if (request.content_length or 0) > route.body_bytes_max:
+        raise RequestTooLarge(limit_bytes=route.body_bytes_max)
+    received = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS_MAX):
+            async for chunk in request.content.iter_any():
+                received += chunk
+                if len(received) > route.body_bytes_max:
+                    raise RequestTooLarge(limit_bytes=route.body_bytes_max)
+    except TimeoutError as error:
+        raise RequestInvalid(reason=f"its body did not arrive within {BODY_SECONDS_MAX:.0f} s") from error
+    try:
+        return model.model_validate_json(bytes(received))
+    except ValidationError as error:
+        raise RequestInvalid(reason=_first_reason(error)) from error
+
+
+def _first_reason(error: ValidationError) -> str:
+    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    return f"{'.'.join(str(part) for part in first['loc']) or 'it'}: {first['msg']}"
+
+
+def _problems(metrics: ConfigServerMetrics) -> Middleware:
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        resource = request.match_info.route.resource
+        template = "unknown" if resource is None else resource.canonical
+        with metrics.request(request.method, template) as outcome:
+            response = await _answer(request, handler, template)
+            outcome.status = response.status
+        return response
+
+    return middleware
+
+
+async def _answer(request: web.Request, handler: Handler, template: str) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except ReplicationError as error:
+        response = problem_response(error)
+        if response.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            log.error("request failed", route=template, code=error.code, reason=str(error))
+        else:
+            log.info("request refused", route=template, code=error.code, reason=str(error), peer=request.remote)
+        return response
+    except web.HTTPException as error:
+        if error.status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+            return problem_response(ResourceNotFound(what="route", identifier=f"{request.method} {request.path}"))
+        return problem_response(RequestInvalid(reason=error.reason))
+    except Exception:
+        log.exception("request failed", route=template)
+        return problem_response(ServerUnwell(reason="an internal fault; the log names it"))

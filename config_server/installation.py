@@ -1,0 +1,114 @@
+"""A configuration server's state directory: its keys, its admin token, its database; made once, never overwritten.
+
+The marker is written last: without it the directory is an unfinished beginning, which may be begun again because nobody
+can have been enrolled by it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from config_server.authority import CertificateAuthority
+from config_server.errors import AlreadyInitialised, InstallationDamaged, NotInitialised
+from protocol.errors import MalformedInput, ReplicationError
+from protocol.signed_records import AuthorityKey, parse_authority_key, serialise_authority_key
+from protocol.vocabulary import PeerIdentity, Role, VaultId, check_identifier
+from runtime.directory import DurableDirectory
+from runtime.local_directory import LocalDirectory
+
+MARKER_FILE: Final = "installation.json"
+VAULT_AUTHORITY_KEY_FILE: Final = "vault-authority-key.json"
+AUTHORITY_FILE: Final = "authority.pem"
+"""The certificate authority's certificate, for operators' clients. Not a secret."""
+AUTHORITY_KEY_FILE: Final = "authority-key.pem"
+ADMIN_TOKEN_FILE: Final = "admin-token"  # noqa: S105
+"""One line: the bearer token of the operator routes."""
+CREDENTIALS_FILE: Final = "credentials.pem"
+"""The server's own certificate and key; made at the start and renewed by the server."""
+DATABASE_FILE: Final = "database.sqlite"
+LOCK_FILE: Final = "lock"
+
+FORMAT: Final = 1
+ADMIN_TOKEN_BYTES: Final = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Installation:
+    """What the directory holds, read and checked."""
+
+    path: Path
+    identity: PeerIdentity
+    vault_authority: AuthorityKey
+    authority: CertificateAuthority
+    admin_token: str = field(repr=False)
+
+    @property
+    def vault(self) -> VaultId:
+        return self.identity.vault
+
+
+def initialise(path: Path, *, authority_key: AuthorityKey, now_ns: int) -> Installation:
+    """Makes a configuration server for the key's vault in `path` (0700, made if missing); durable on return. Blocks.
+
+    Raises AlreadyInitialised (nothing is touched then), OSError.
+    """
+    directory = LocalDirectory(path)
+    if MARKER_FILE in directory.names():
+        raise AlreadyInitialised(path=path)
+    authority = CertificateAuthority.make(authority_key.vault, now_ns)
+    admin_token = base64.urlsafe_b64encode(secrets.token_bytes(ADMIN_TOKEN_BYTES)).decode().rstrip("=")
+    identifier = secrets.token_hex(16)
+    marker = {"format": FORMAT, "vault": authority_key.vault, "identifier": identifier}
+    for name, data in (
+        (VAULT_AUTHORITY_KEY_FILE, serialise_authority_key(authority_key)),
+        (AUTHORITY_KEY_FILE, authority.key_pem),
+        (AUTHORITY_FILE, authority.certificate_pem),
+        (ADMIN_TOKEN_FILE, admin_token.encode() + b"\n"),
+        (MARKER_FILE, json.dumps(marker, indent=1).encode() + b"\n"),
+    ):
+        directory.replace(name, data)
+    return read_installation(path)
+
+
+def read_installation(path: Path) -> Installation:
+    """Blocks. Raises NotInitialised, InstallationDamaged, OSError."""
+    if not (path / MARKER_FILE).is_file():
+        raise NotInitialised(path=path)
+    directory = LocalDirectory(path)
+    try:
+        return _read(path, directory)
+    except FileNotFoundError as error:
+        raise InstallationDamaged(path=path, reason=f"{error.filename} is missing") from error
+    except (ValueError, KeyError, TypeError, ReplicationError) as error:
+        raise InstallationDamaged(path=path, reason=str(error)) from error
+
+
+def _read(path: Path, directory: DurableDirectory) -> Installation:
+    marker = json.loads(directory.read(MARKER_FILE))
+    if marker["format"] != FORMAT:
+        raise MalformedInput(what=MARKER_FILE, reason=f"its format is {marker['format']}, this program knows {FORMAT}")
+    vault_authority = parse_authority_key(directory.read(VAULT_AUTHORITY_KEY_FILE))
+    vault = VaultId(marker["vault"])
+    if vault != vault_authority.vault:
+        raise MalformedInput(what=VAULT_AUTHORITY_KEY_FILE, reason="it is another vault's")
+    authority = CertificateAuthority.load(
+        vault=vault,
+        certificate_pem=directory.read(AUTHORITY_FILE),
+        key_pem=directory.read(AUTHORITY_KEY_FILE),
+    )
+    admin_token = directory.read(ADMIN_TOKEN_FILE).decode("ascii").strip()
+    if not admin_token:
+        raise MalformedInput(what=ADMIN_TOKEN_FILE, reason="it is empty")
+    identifier = check_identifier(marker["identifier"], "identifier")
+    return Installation(
+        path=path,
+        identity=PeerIdentity(vault=vault, role=Role.CONFIGURATION_SERVER, identifier=identifier),
+        vault_authority=vault_authority,
+        authority=authority,
+        admin_token=admin_token,
+    )

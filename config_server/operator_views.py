@@ -1,0 +1,190 @@
+"""What operators see: everything that was observed, with an honest statement of what could be recovered now."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from config_server.clock import ServerClock
+from config_server.core.rpo import evaluate_rpo
+from config_server.core.server_clock import ServerClockState
+from config_server.database.disks import StoredDisk, find_disk, list_disks
+from config_server.database.engine import Database
+from config_server.database.members import (
+    StoredMachine,
+    list_certificates,
+    list_machines,
+    list_process_servers,
+)
+from config_server.database.points import count_publications, find_newest_point, list_points
+from config_server.reconciler import Reconciler
+from protocol.control_errors import ResourceNotFound
+from protocol.operator_messages import (
+    CertificateList,
+    CertificateStatus,
+    DiskList,
+    DiskStatus,
+    MachineList,
+    MachineStatus,
+    ProcessServerList,
+    ProcessServerStatus,
+    RecoveryPointList,
+    RecoveryPointStatus,
+)
+from protocol.vocabulary import DiskId, MachineId, ProcessServerId
+
+
+class OperatorViews:
+    """Reads only."""
+
+    def __init__(
+        self, *, database: Database, clock: ServerClock, reconciler: Reconciler, rpo_threshold_seconds: float
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._reconciler = reconciler
+        self._rpo_threshold_seconds = rpo_threshold_seconds
+
+    async def machines(self) -> MachineList:
+        now_ns = (await self._clock.tick()).tick_ns
+        async with self._database.reading() as connection:
+            stored = await list_machines(connection)
+            disks: dict[MachineId, list[DiskId]] = defaultdict(list)
+            for disk in await list_disks(connection):
+                if disk.known.is_protected:
+                    disks[disk.machine].append(disk.disk)
+        machines = tuple(
+            MachineStatus(
+                machine=machine.machine,
+                name=machine.name,
+                host=machine.host,
+                agent_version=machine.agent_version,
+                boot_id=machine.boot_id,
+                last_heard_ns=machine.heard_ns,
+                is_silent=self._reconciler.is_silent(machine.heard_ns, now_ns=now_ns),
+                disks=tuple(disks[machine.machine]),
+            )
+            for machine in stored
+        )
+        return MachineList(now_ns=now_ns, machines=machines)
+
+    async def disks(self) -> DiskList:
+        """Protected ones first, then those whose protection ended."""
+        clock = await self._clock.tick()
+        async with self._database.reading() as connection:
+            machines = {machine.machine: machine for machine in await list_machines(connection)}
+            stored = sorted(await list_disks(connection), key=lambda disk: not disk.known.is_protected)
+            disks = [await self._disk(connection, disk, machines[disk.machine], clock) for disk in stored]
+        return DiskList(now_ns=clock.tick_ns, disks=tuple(disks))
+
+    async def disk(self, disk: DiskId) -> DiskStatus:
+        """Raises ResourceNotFound."""
+        clock = await self._clock.tick()
+        async with self._database.reading() as connection:
+            stored = await find_disk(connection, disk)
+            if stored is None:
+                raise ResourceNotFound(what="disk", identifier=disk)
+            machines = {machine.machine: machine for machine in await list_machines(connection)}
+            return await self._disk(connection, stored, machines[stored.machine], clock)
+
+    async def points(self, *, disk: DiskId | None, limit: int) -> RecoveryPointList:
+        now_ns = (await self._clock.tick()).tick_ns
+        async with self._database.reading() as connection:
+            stored = await list_points(connection, disk=disk, limit=limit)
+        points = tuple(
+            RecoveryPointStatus(
+                point=one.point.point,
+                disk=one.point.disk,
+                machine=one.machine,
+                epoch=one.point.epoch,
+                sequence=one.point.sequence,
+                instant_ns=one.point.instant_ns,
+                consistency=one.point.consistency,
+                recorded_at_ns=one.recorded_ns,
+                is_published=one.published_ns is not None,
+            )
+            for one in stored
+        )
+        return RecoveryPointList(now_ns=now_ns, points=points)
+
+    async def process_servers(self) -> ProcessServerList:
+        now_ns = (await self._clock.tick()).tick_ns
+        async with self._database.reading() as connection:
+            machines = {machine.machine: machine.process_server for machine in await list_machines(connection)}
+            disks: dict[ProcessServerId | None, list[DiskId]] = defaultdict(list)
+            for disk in await list_disks(connection):
+                if disk.known.is_protected:
+                    disks[machines[disk.machine]].append(disk.disk)
+            process_servers = tuple(
+                [
+                    ProcessServerStatus(
+                        process_server=one.process_server,
+                        name=one.name,
+                        host=one.host,
+                        port=one.port,
+                        version=one.version,
+                        last_heard_ns=one.heard_ns,
+                        is_silent=self._reconciler.is_silent(one.heard_ns, now_ns=now_ns),
+                        cache_bytes=one.cache_bytes,
+                        cache_limit_bytes=one.cache_limit_bytes,
+                        disks=tuple(disks[one.process_server]),
+                        open_orders=await count_publications(connection, one.process_server),
+                        faults=one.faults,
+                    )
+                    for one in await list_process_servers(connection)
+                ]
+            )
+        return ProcessServerList(now_ns=now_ns, process_servers=process_servers)
+
+    async def certificates(self) -> CertificateList:
+        now_ns = (await self._clock.tick()).tick_ns
+        async with self._database.reading() as connection:
+            stored = await list_certificates(connection, valid_at_ns=now_ns)
+        certificates = tuple(
+            CertificateStatus(
+                serial=one.serial,
+                role=one.role,
+                identifier=one.identifier,
+                name=one.name,
+                valid_from_ns=one.valid_from_ns,
+                valid_until_ns=one.valid_until_ns,
+                is_revoked=one.is_revoked,
+            )
+            for one in stored
+        )
+        return CertificateList(now_ns=now_ns, certificates=certificates)
+
+    async def _disk(
+        self, connection: AsyncConnection, stored: StoredDisk, machine: StoredMachine, clock: ServerClockState
+    ) -> DiskStatus:
+        newest = await find_newest_point(connection, stored.disk)
+        heard_ns = max(stored.reported_ns or 0, stored.registered_ns)
+        report = stored.report
+        return DiskStatus(
+            disk=stored.disk,
+            machine=stored.machine,
+            machine_name=machine.name,
+            path=stored.known.path,
+            identity=stored.known.identity,
+            is_protected=stored.known.is_protected,
+            is_paused=stored.is_paused,
+            state=None if report is None else report.state,
+            source="" if report is None else report.source,
+            is_settled=report is not None and report.is_settled,
+            copied_bytes=0 if report is None else report.copied_bytes,
+            copy_total_bytes=0 if report is None else report.copy_total_bytes,
+            backlog_bytes=0 if report is None else report.backlog_bytes,
+            reported_at_ns=stored.reported_ns,
+            process_server=machine.process_server,
+            position=stored.position,
+            newest_point=None if newest is None else newest.point.point,
+            newest_point_instant_ns=None if newest is None else newest.point.instant_ns,
+            rpo=evaluate_rpo(
+                clock,
+                newest=None if newest is None else newest.dated,
+                heard_ns=heard_ns,
+                threshold_seconds=self._rpo_threshold_seconds,
+            ),
+            error=None if report is None else report.error,
+        )

@@ -1,0 +1,49 @@
+"""What an operator may set for the configuration server."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Annotated, Final
+
+from pydantic import Field, field_validator
+
+from protocol.control import PATH_LENGTH_MAX, Seconds
+from runtime.logs import LogSettings
+from runtime.observability import ListenAddress, ObservabilitySettings
+from runtime.settings import Settings
+
+DEFAULT_PORT: Final = 8443
+DEFAULT_OBSERVABILITY_ADDRESS: Final = "127.0.0.1:9466"
+SERVER_NAMES_MAX: Final = 64
+_ALL_INTERFACES: Final = ("0.0.0.0", "::")  # noqa: S104
+
+
+class ConfigServerSettings(Settings):
+    """Seconds where the name says so. Everything has a default but the state directory."""
+
+    state_directory: Annotated[Path, Field(max_length=PATH_LENGTH_MAX)] = Path("/var/lib/farpoint/config-server")
+    listen: str = f"{_ALL_INTERFACES[0]}:{DEFAULT_PORT}"
+    server_names: Annotated[tuple[str, ...], Field(max_length=SERVER_NAMES_MAX)] = ()
+    """Names and addresses by which others reach this server, beside localhost and this host's name."""
+    heartbeat_seconds: Seconds = 10.0
+    rpo_threshold_seconds: Seconds = 900.0
+    copy_interval_seconds: Seconds = 60.0
+    point_interval_seconds: Seconds = 300.0
+    renew_after_seconds: Seconds = 86400.0
+    """The age at which members and this server itself renew their certificates."""
+    log: LogSettings = LogSettings()
+    observability: ObservabilitySettings = ObservabilitySettings(address=DEFAULT_OBSERVABILITY_ADDRESS)
+
+    @field_validator("listen")
+    @classmethod
+    def _check_listen(cls, value: str) -> str:
+        ListenAddress.parse(value)
+        return value
+
+    def all_server_names(self) -> tuple[str, ...]:
+        """For the server's certificate, each once."""
+        host = ListenAddress.parse(self.listen).host
+        own = () if host in _ALL_INTERFACES else (host,)
+        names = ("localhost", "127.0.0.1", "::1", socket.gethostname(), *own, *self.server_names)
+        return tuple(dict.fromkeys(names))
