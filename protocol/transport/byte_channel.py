@@ -41,7 +41,7 @@ the pool."""
 JOINED_BYTES_MAX: Final = 16384
 """Small parts are joined up to one TLS record; anything longer is written from where it lies."""
 DISCARDED_BYTES: Final = 65536
-WRITE_BYTES_MAX: Final = 262144
+WRITE_BYTES_MAX: Final = 65536
 """The longest single write, so that the peer's backpressure is felt within a body."""
 
 

@@ -249,12 +249,16 @@ class TlsStream(asyncio.BufferedProtocol):
         self._flush()
         if self._raw is None or self._is_raw_lost:
             return
-        if self._is_raw_ended:
+        if self._is_raw_ended or self._raw.is_closing():
             self._raw.close()
             return
         self._pause_raw(False)
-        self._raw.write_eof()
         self._linger_timer = self._loop.call_later(LINGER_SECONDS_MAX, self._raw.abort)
+        try:
+            self._raw.write_eof()
+        except OSError:
+            # why: the peer has reset the connection, and the loop has not told yet
+            self._raw.abort()
 
     def _fail(self, error: ReplicationError) -> None:
         """The established stream is broken, or the peer refused it by an alert."""
