@@ -128,3 +128,19 @@ class SessionBroken(LocalFault):
     code = "session-broken"
     is_retryable = True
     message = "session ended: {reason}"
+
+
+class NotProtected(LocalFault):
+    """Fields: path."""
+
+    code = "not-protected"
+    message = "{path} is not protected"
+    hint = "`mobility-agent status` lists what is."
+
+
+class DefectMet(LocalFault):
+    """Something went wrong that the program has no name for. Fields: reason."""
+
+    code = "defect-met"
+    message = "a defect in Farpoint was met: {reason}"
+    hint = "Report it with the agent's log."

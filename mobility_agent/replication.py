@@ -26,12 +26,12 @@ from mobility_agent.core.replication import (
 )
 from mobility_agent.disk_history import DiskHistory
 from mobility_agent.disk_ports import DiskPorts
-from mobility_agent.errors import AgentStateDamaged, CacheLost, DiskFault, ResyncNeeded
+from mobility_agent.errors import AgentStateDamaged, CacheLost, DefectMet, DiskFault, ResyncNeeded
 from mobility_agent.rounds import NO_CLOCK, RoundOutcome, RoundSender
 from mobility_agent.tracking.change_source import Round
 from mobility_agent.uplink import Connection
 from protocol.control import DiskIdentity
-from protocol.errors import ConnectionLost, LocalFault, RefusedByPeer, ReplicationError
+from protocol.errors import ConnectionLost, RefusedByPeer, ReplicationError
 from protocol.messages import Positions
 from protocol.vocabulary import DiskId
 
@@ -303,7 +303,7 @@ class DiskReplication:
         except Exception as fault:
             # why: a defect met by one disk must not end the others; it is logged whole and shown as this disk's error.
             log.exception("disk", disk=self.disk, path=self.path)
-            event, error = Event.DISK_FAILED, LocalFault(reason=repr(fault))
+            event, error = Event.DISK_FAILED, DefectMet(reason=repr(fault)[:200])
         else:
             self._happen(event, generation=generation)
             return

@@ -358,6 +358,9 @@ class Uplink:
         if self.connection is not None:
             listener.disconnected(self.connection)
 
+    def is_attached(self, listener: ConnectionListener) -> bool:
+        return listener in self._attached
+
     def check_revocation(self) -> None:
         """A newer revocation list holds for the live connection too."""
         if self.connection is not None and self._is_revoked(self.connection.certificate_serial):
