@@ -67,8 +67,8 @@ class ConfigServer:
     async def run(self, stop: StopSignal, *, on_ready: Callable[[ListenAddress], None] | None = None) -> None:
         """Serves until `stop` is set. on_ready is called with the address once requests are answered.
 
-        Raises StateLocked, NotInitialised, InstallationDamaged, DatabaseTooNew, DatabaseFault, AddressTaken,
-        AddressUnusable.
+        Raises StateLocked, NotInitialised, InstallationDamaged, DatabaseTooNew, DatabaseFault, PortTaken,
+        CannotListen.
         """
         loop = asyncio.get_running_loop()
         path = self._settings.state_directory
@@ -159,7 +159,7 @@ class ConfigServer:
         )
         await runner.setup()
         try:
-            with listening(address, purpose="configuration server"):
+            with listening(address):
                 await web.TCPSite(runner, address.host, address.port, ssl_context=context).start()
             host, port = runner.addresses[0][:2]
             yield ListenAddress(host=host, port=port)

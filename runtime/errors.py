@@ -64,21 +64,6 @@ class SettingInvalid(LocalFault):
     hint = "`config check` shows whether the settings are good; `config show --origin` where each value comes from."
 
 
-class AddressTaken(LocalFault):
-    """Fields: address, purpose."""
-
-    code = "address-taken"
-    message = "{purpose}: {address} is already in use"
-    hint = "Stop the program that listens there (`ss -ltnp` shows it), or choose another address in the settings."
-
-
-class AddressUnusable(LocalFault):
-    """The address cannot be listened on. Fields: address, purpose, reason."""
-
-    code = "address-unusable"
-    message = "{purpose}: cannot listen on {address}: {reason}"
-
-
 class StopDeadlineExceeded(LocalFault):
     """An orderly stop did not end in time and was cut short. Nothing acknowledged is lost by that. Fields: seconds."""
 

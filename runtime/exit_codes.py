@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
+from typing import Final
 
-from protocol.errors import RefusedByPeer, ReplicationError
+from protocol.errors import ReplicationError
 
 
 class ExitCode(enum.IntEnum):
@@ -26,31 +27,32 @@ class ExitCode(enum.IntEnum):
     INTERRUPTED = 130
 
 
-EXIT_CODE_OF_ERROR: dict[str, ExitCode] = {
-    "replication-error": ExitCode.FAILURE,
-    "object-not-found": ExitCode.NOT_FOUND,
-    "store-missing": ExitCode.NOT_FOUND,
-    "not-a-vault": ExitCode.NOT_FOUND,
-    "secret-missing": ExitCode.NOT_FOUND,
-    "machine-not-found": ExitCode.NOT_FOUND,
-    "disk-not-found": ExitCode.NOT_FOUND,
-    "point-not-found": ExitCode.NOT_FOUND,
-    "not-found": ExitCode.NOT_FOUND,
-    "state-locked": ExitCode.LOCKED,
-    "not-permitted": ExitCode.NOT_PERMITTED,
-    "store-not-permitted": ExitCode.NOT_PERMITTED,
-    "setting-unknown": ExitCode.USAGE,
-    "setting-invalid": ExitCode.USAGE,
-    "settings-file-invalid": ExitCode.USAGE,
-    "store-url-invalid": ExitCode.USAGE,
-}
+_ENDS_WITH: dict[ExitCode, tuple[str, ...]] = {
+    ExitCode.FAILURE: ("replication-error",),
+    ExitCode.USAGE: (
+        "setting-unknown", "setting-invalid", "settings-file-invalid", "store-url-invalid", "join-token-malformed",
+        "point-selector-invalid", "point-ambiguous", "disk-ambiguous", "passphrase-missing", "passphrase-empty",
+        "device-not-confirmed",
+    ),
+    ExitCode.NOT_FOUND: (
+        "not-found", "object-not-found", "disk-not-found", "point-not-found", "position-not-found", "disk-vanished",
+        "store-missing", "target-missing", "secret-missing", "not-a-vault", "not-enrolled", "not-initialised",
+    ),
+    ExitCode.LOCKED: ("state-locked", "target-in-use"),
+    ExitCode.NOT_PERMITTED: (
+        "not-permitted", "store-not-permitted", "disk-permission-denied", "disk-of-another-machine",
+        "credential-missing", "join-token-wrong", "join-token-used", "join-token-expired", "join-token-for-another-role",
+    ),
+}  # fmt: skip
+
+EXIT_CODE_OF_ERROR: Final = {code: exit_code for exit_code, codes in _ENDS_WITH.items() for code in codes}
 
 
 def exit_code_of(error: BaseException) -> ExitCode:
     """The exit code of an error, of the first of a group, or of what a peer refused with."""
     if isinstance(error, BaseExceptionGroup):
         return exit_code_of(error.exceptions[0])
-    if isinstance(error, RefusedByPeer):
+    if isinstance(error, ReplicationError) and "peer_code" in error.fields:
         return EXIT_CODE_OF_ERROR.get(str(error.fields["peer_code"]), ExitCode.FAILURE)
     if isinstance(error, ReplicationError):
         codes = (kind.code for kind in type(error).__mro__ if issubclass(kind, ReplicationError))

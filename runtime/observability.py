@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from runtime.errors import AddressTaken, AddressUnusable
+from protocol.errors import CannotListen, PortTaken
 
 Readiness = Callable[[], Sequence[str]]
 """The reasons why the program does not serve at the moment; none means ready. Called on the event loop, so it is
@@ -71,15 +71,15 @@ class ObservabilitySettings(BaseModel):
 
 
 @contextmanager
-def listening(address: ListenAddress | str, *, purpose: str) -> Iterator[None]:
-    """Turns what the operating system says to bind() within the block into AddressTaken or AddressUnusable."""
+def listening(address: ListenAddress) -> Iterator[None]:
+    """Turns what the operating system says to bind() within the block into PortTaken or CannotListen."""
     try:
         yield
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise AddressTaken(address=str(address), purpose=purpose) from error
+            raise PortTaken(host=address.host, port=address.port) from error
         reason = error.strerror or str(error)
-        raise AddressUnusable(address=str(address), purpose=purpose, reason=reason) from error
+        raise CannotListen(host=address.host, port=address.port, reason=reason) from error
 
 
 @asynccontextmanager
@@ -88,7 +88,7 @@ async def observability_endpoint(
 ) -> AsyncIterator[ListenAddress | None]:
     """Serves the endpoint for the length of the block; gives the address it really listens on (None: switched off).
 
-    Raises AddressTaken or AddressUnusable.
+    Raises PortTaken or CannotListen.
     """
     if not settings.address:
         yield None
@@ -107,7 +107,7 @@ async def observability_endpoint(
     runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     try:
-        with listening(address, purpose="observability endpoint"):
+        with listening(address):
             site = web.TCPSite(runner, address.host, address.port, ssl_context=_tls_context(settings))
             await site.start()
         host, port = runner.addresses[0][:2]
