@@ -161,5 +161,6 @@ async def _answer(request: web.Request, handler: Handler, template: str) -> web.
             return problem_response(ResourceNotFound(what="route", identifier=f"{request.method} {request.path}"))
         return problem_response(RequestInvalid(reason=error.reason))
     except Exception:
+        # why: whatever a handler has wrong, its client gets an answer and the operator's log the traceback
         log.exception("request failed", route=template)
         return problem_response(ServerUnwell(reason="an internal fault; the log names it"))

@@ -94,8 +94,8 @@ class Invariants:
                 if survives < acknowledged:
                     self._violate(
                         "1-acknowledged-survives",
-                        f"epoch {epoch} continues {parent_epoch}:{parent_sequence}, {key[1]}:{acknowledged} was
-                        acknowledged",
+                        f"epoch {epoch} continues {parent_epoch}:{parent_sequence}, "
+                        f"but {key[1]}:{acknowledged} was acknowledged",
                     )
 
     def object_created(self, name: str) -> None:
