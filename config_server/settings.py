@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 from pydantic import Field, field_validator
 
-from protocol.control import PATH_LENGTH_MAX, Seconds
+from protocol.control import Seconds
 from runtime.logs import LogSettings
 from runtime.observability import ListenAddress, ObservabilitySettings
 from runtime.settings import Settings
@@ -22,7 +22,7 @@ _ALL_INTERFACES: Final = ("0.0.0.0", "::")  # noqa: S104
 class ConfigServerSettings(Settings):
     """Seconds where the name says so. Everything has a default but the state directory."""
 
-    state_directory: Annotated[Path, Field(max_length=PATH_LENGTH_MAX)] = Path("/var/lib/farpoint/config-server")
+    state_directory: Path = Path("/var/lib/farpoint/config-server")
     listen: str = f"{_ALL_INTERFACES[0]}:{DEFAULT_PORT}"
     server_names: Annotated[tuple[str, ...], Field(max_length=SERVER_NAMES_MAX)] = ()
     """Names and addresses by which others reach this server, beside localhost and this host's name."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from typing import Annotated, Final, Literal, Protocol, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from protocol.vocabulary import (
     DISK_SIZE_BYTES_MAX,
@@ -71,6 +71,15 @@ Epoch: TypeAlias = Annotated[int, Field(ge=1, le=EPOCH_MAX)]
 Sequence: TypeAlias = Annotated[int, Field(ge=0, le=SEQUENCE_MAX)]
 Port: TypeAlias = Annotated[int, Field(ge=1, le=65535)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0.01, le=86400 * 31, allow_inf_nan=False)]
+
+
+def _check_settled(value: Consistency) -> Consistency:
+    if not value.is_settled:
+        raise ValueError("an unsettled position is no recovery point")
+    return value
+
+
+SettledConsistency: TypeAlias = Annotated[Consistency, AfterValidator(_check_settled)]
 
 
 class ControlMessage(BaseModel):
@@ -262,7 +271,7 @@ class CommittedPoint(ControlMessage):
     point: Point
     instant_ns: InstantNs
     """As the bookmark states it."""
-    consistency: Literal[Consistency.CRASH, Consistency.FILE_SYSTEM, Consistency.APPLICATION]
+    consistency: SettledConsistency
 
 
 class ProcessServerReport(ControlMessage):

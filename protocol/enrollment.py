@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import json
 from dataclasses import dataclass, field
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import NameOID
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from protocol.control import CertificateBundle, ControlMessage, Identifier, Name, Pem, Vault
 from protocol.errors import InvalidValue, LocalFault
@@ -35,7 +35,14 @@ IDENTITY_FILE: Final = "identity.json"
 IDENTITY_FORMAT: Final = 1
 COMMON_NAME_LENGTH_MAX: Final = 64
 
-EnrollableRole: TypeAlias = Literal[Role.AGENT, Role.PROCESS_SERVER, Role.RECOVERY_WORKER]
+
+def _check_enrollable(role: Role) -> Role:
+    if role is Role.CONFIGURATION_SERVER:
+        raise ValueError("the configuration server enrols others, not itself")
+    return role
+
+
+EnrollableRole: TypeAlias = Annotated[Role, AfterValidator(_check_enrollable)]
 KeyBytes: TypeAlias = Annotated[bytes, Field(min_length=32, max_length=32)]
 SignatureBytes: TypeAlias = Annotated[bytes, Field(min_length=64, max_length=64)]
 

@@ -6,7 +6,7 @@ Statements about recoverability are made by the server's clock at `now_ns` of th
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -29,11 +29,13 @@ from protocol.control import (
     Point,
     Port,
     ProcessServer,
+    SettledConsistency,
     SizeBytes,
     Text,
     Vault,
 )
-from protocol.vocabulary import Consistency, Role
+from protocol.enrollment import EnrollableRole
+from protocol.vocabulary import Role
 
 POINTS_PER_PAGE_MAX: Final = 1000
 JOIN_TOKEN_SECONDS_MAX: Final = 7 * 86400
@@ -139,7 +141,7 @@ class RecoveryPointStatus(OperatorReply):
     epoch: int
     sequence: int
     instant_ns: InstantNs
-    consistency: Literal[Consistency.CRASH, Consistency.FILE_SYSTEM, Consistency.APPLICATION]
+    consistency: SettledConsistency
     recorded_at_ns: InstantNs
     is_published: bool
     """Its .point object is in storage."""
@@ -184,7 +186,7 @@ class CertificateList(OperatorReply):
 class JoinTokenRequest(ControlMessage):
     """Operator → server: make one join token."""
 
-    role: Literal[Role.AGENT, Role.PROCESS_SERVER, Role.RECOVERY_WORKER]
+    role: EnrollableRole
     lifetime_seconds: Annotated[int, Field(ge=1, le=JOIN_TOKEN_SECONDS_MAX)] = JOIN_TOKEN_SECONDS_DEFAULT
 
 

@@ -235,14 +235,14 @@ def check_server_url(url: str) -> str:
     return f"https://{parts.netloc}"
 
 
-def _ssl_cause(error: BaseException | None) -> ssl.SSLError | None:
-    seen = 0
-    while error is not None and seen < 8:
-        if isinstance(error, ssl.SSLError):
-            return error
-        inner = getattr(error, "os_error", None) or getattr(error, "certificate_error", None)
-        error = inner if isinstance(inner, BaseException) else error.__cause__ or error.__context__
-        seen += 1
+def _ssl_cause(error: BaseException) -> ssl.SSLError | None:
+    """What the ssl module said. aiohttp's own errors derive from it too, but carry it inside."""
+    inner = getattr(error, "certificate_error", None) or getattr(error, "os_error", None)
+    if isinstance(inner, BaseException) and inner is not error:
+        return _ssl_cause(inner)
+    for candidate in (error, error.__cause__):
+        if isinstance(candidate, ssl.SSLError) and not isinstance(candidate, aiohttp.ClientError):
+            return candidate
     return None
 
 
