@@ -78,34 +78,8 @@ def _frame(**fields: Any) -> Frame:
     return Frame(**(settled | fields))
 
 
-def messages() -> dict[str, Message]:
-    """Every message type, every optional field present and absent, every limit once."""
+def _frames() -> dict[str, Message]:
     return {
-        "hello": Hello(wire_version_min=1, wire_version_max=1, agent_version="0.1.0", boot_id="5e3f"),
-        "hello in other scripts": Hello(wire_version_min=1, wire_version_max=65535, agent_version="", boot_id="ü→漢"),
-        "welcome": Welcome(wire_version=1, process_server="0c" * 16, idle_seconds_max=60),
-        "open disk, first time": OpenDisk(channel=0, disk=DISK, epoch=0, acknowledged_sequence=0),
-        "open disk, new epoch wanted": OpenDisk(
-            channel=65535, disk=DISK, epoch=EPOCH_MAX, acknowledged_sequence=SEQUENCE_MAX, wants_new_epoch=True
-        ),
-        "disk opened, first epoch": DiskOpened(
-            channel=0,
-            epoch=1,
-            parent_epoch=0,
-            parent_sequence=0,
-            durable_sequence=0,
-            committed_sequence=0,
-            copy_in_cursor_bytes=None,
-        ),
-        "disk opened, within a copy-in": DiskOpened(
-            channel=7,
-            epoch=3,
-            parent_epoch=2,
-            parent_sequence=900,
-            durable_sequence=41,
-            committed_sequence=40,
-            copy_in_cursor_bytes=DISK_SIZE_BYTES_MAX,
-        ),
         "frame, empty": _frame(),
         "frame, empty, moves a mark": _frame(
             end=ChangeSetEnd(
@@ -136,6 +110,38 @@ def messages() -> dict[str, Message]:
             end=ChangeSetEnd(consistency=Consistency.FILE_SYSTEM, bookmark=Bookmark(point=POINT, instant_ns=2**63 - 1)),
         ),
         "frame, last, crash-consistent, no bookmark": _frame(end=ChangeSetEnd(consistency=Consistency.CRASH)),
+    }
+
+
+def messages() -> dict[str, Message]:
+    """Every message type, every optional field present and absent, every limit once."""
+    return {
+        "hello": Hello(wire_version_min=1, wire_version_max=1, agent_version="0.1.0", boot_id="5e3f"),
+        "hello in other scripts": Hello(wire_version_min=1, wire_version_max=65535, agent_version="", boot_id="ü→漢"),
+        "welcome": Welcome(wire_version=1, process_server="0c" * 16, idle_seconds_max=60),
+        "open disk, first time": OpenDisk(channel=0, disk=DISK, epoch=0, acknowledged_sequence=0),
+        "open disk, new epoch wanted": OpenDisk(
+            channel=65535, disk=DISK, epoch=EPOCH_MAX, acknowledged_sequence=SEQUENCE_MAX, wants_new_epoch=True
+        ),
+        "disk opened, first epoch": DiskOpened(
+            channel=0,
+            epoch=1,
+            parent_epoch=0,
+            parent_sequence=0,
+            durable_sequence=0,
+            committed_sequence=0,
+            copy_in_cursor_bytes=None,
+        ),
+        "disk opened, within a copy-in": DiskOpened(
+            channel=7,
+            epoch=3,
+            parent_epoch=2,
+            parent_sequence=900,
+            durable_sequence=41,
+            committed_sequence=40,
+            copy_in_cursor_bytes=DISK_SIZE_BYTES_MAX,
+        ),
+        **_frames(),
         "positions": Positions(channel=7, epoch=3, durable_sequence=42, committed_sequence=40),
         "credit": Credit(total_bytes=16 << 20),
         "credit at its limit": Credit(total_bytes=CREDIT_BYTES_MAX),
