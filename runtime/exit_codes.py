@@ -41,7 +41,8 @@ _ENDS_WITH: dict[ExitCode, tuple[str, ...]] = {
     ExitCode.LOCKED: ("state-locked", "target-in-use"),
     ExitCode.NOT_PERMITTED: (
         "not-permitted", "store-not-permitted", "disk-permission-denied", "disk-of-another-machine",
-        "credential-missing", "join-token-wrong", "join-token-used", "join-token-expired", "join-token-for-another-role",
+        "credential-missing", "join-token-wrong", "join-token-used", "join-token-expired",
+        "join-token-for-another-role",
     ),
 }  # fmt: skip
 
