@@ -1,4 +1,5 @@
-"""The vault that all runs of a process share. Its keys come from the operating system and never enter a trace: only lengths do."""
+"""The vault that all runs of a process share. Its keys come from the operating system and never enter a trace: only
+lengths do."""
 
 from __future__ import annotations
 

@@ -1,0 +1,249 @@
+"""One run: builds everything from one seed, lets it work under faults to a horizon, heals, drains, and recovers
+every point."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from mobility_agent.service import AgentLimits
+from process_server.settings import ProcessServerLimits
+from protocol.vocabulary import FRAME_RAW_BYTES_MAX, DiskId
+from tests.simulation.control import ConfigurationServer
+from tests.simulation.disk import SimulatedDisk, Workload
+from tests.simulation.faults import draw_profile, heal_everything, run_faults
+from tests.simulation.hosts import AgentHost, Host, ProcessServerHost
+from tests.simulation.invariants import Invariants
+from tests.simulation.loop import SimulationStuck, StepLimitExceeded, VirtualTimeLoop
+from tests.simulation.network import Network
+from tests.simulation.recovering import recover_everything
+from tests.simulation.store import StoreContents
+from tests.simulation.trace import Trace
+from tests.simulation.vault import SimulatedVault, make_vault
+
+DISK_BLOCKS_MAX: Final = 32
+DISK_BLOCK_BYTES: Final = 65536
+HORIZON_SECONDS: Final = (15.0, 30.0, 60.0)
+DRAIN_SECONDS_MAX: Final = 900.0
+DRAIN_CHECK_SECONDS: Final = 1.0
+STOP_SECONDS_MAX: Final = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Violation:
+    """One broken promise: which invariant, what exactly, and at which virtual second."""
+
+    seed: int
+    invariant: str
+    detail: str
+    at_seconds: float
+
+
+@dataclass(slots=True, kw_only=True)
+class RunResult:
+    """What one seed gave."""
+
+    seed: int
+    trace: str
+    events: int
+    steps: int
+    virtual_seconds: float
+    points_recovered: int
+    faults: dict[str, int] = field(default_factory=dict)
+    violations: list[Violation] = field(default_factory=list)
+
+
+class World:
+    """Everything of one run. Other modules reach each other through it."""
+
+    def __init__(self, seed: int, *, readable: bool = False) -> None:
+        self.seed = seed
+        self.loop = VirtualTimeLoop(seed=seed)
+        self.trace = Trace(self.loop, readable=readable)
+        self.draw = self._stream("faults")
+        self.violations: list[Violation] = []
+        self.fault_counts: Counter[str] = Counter()
+        self.points_recovered = 0
+        self.vault: SimulatedVault = make_vault()
+        self.process_server_key = Ed25519PrivateKey.from_private_bytes(self._stream("keys").randbytes(32))
+        self._draw_sizes(self._stream("sizes"))
+        self.network = Network(self.loop, self._stream("network"))
+        self.store = StoreContents(self.loop, self._stream("store"))
+        self.server = ConfigurationServer(
+            self.loop,
+            self._stream("server"),
+            vault=self.vault.vault,
+            authority=self.vault.authority,
+            process_server_key=self.process_server_key.public_key().public_bytes_raw(),
+            copy_interval_seconds=self.copy_interval_seconds,
+        )
+        self.invariants = Invariants(self)
+        self.agent: AgentHost
+        self.process_server: ProcessServerHost
+        self._watch()
+
+    def _stream(self, name: str) -> random.Random:
+        return random.Random(f"{self.seed} {name}")
+
+    def _draw_sizes(self, draw: random.Random) -> None:
+        self.copy_interval_seconds = draw.choice((1.0, 3.0, 6.0))
+        self.horizon_seconds = draw.choice(HORIZON_SECONDS)
+        self.agent_limits = AgentLimits(
+            change_set_raw_bytes=draw.choice((2, 8, 16)) * DISK_BLOCK_BYTES,
+            frame_buffers=draw.choice((2, 4)),
+            reconnect_seconds_max=4.0,
+            progress_seconds_max=20.0,
+            heartbeat_seconds=2.0,
+            compress_at_agent=draw.random() < 0.3,
+        )
+        cache_file_bytes = draw.choice((2, 3)) * FRAME_RAW_BYTES_MAX
+        self.process_server_limits = ProcessServerLimits(
+            cache_bytes_max=draw.choice((4, 6, 10)) * cache_file_bytes,
+            cache_file_bytes=cache_file_bytes,
+            segment_stored_bytes_due=draw.choice((64, 256, 1024)) * 1024,
+            segment_age_seconds_max=draw.choice((0.2, 1.0, 5.0)),
+            uploads_per_disk_max=draw.choice((1, 2, 4)),
+            received_bytes_in_memory_max=draw.choice((2, 4)) * FRAME_RAW_BYTES_MAX,
+            upload_bytes_in_memory_max=8 * FRAME_RAW_BYTES_MAX,
+            upload_pause_seconds_max=5.0,
+            idle_seconds_max=draw.choice((6, 15)),
+            report_seconds=2.0,
+            stop_seconds_max=10.0,
+        )
+        self.workload = Workload(
+            pause_seconds=draw.choice((0.5, 2.0, 8.0)),
+            writes_per_burst_max=draw.choice((1, 4, 20)),
+            write_gap_seconds=draw.choice((0.001, 0.02, 0.2)),
+            write_bytes_max=draw.choice((4096, 65536, 262144)),
+            zero_share=draw.choice((0.0, 0.2, 0.6)),
+        )
+        self.disks = [
+            SimulatedDisk(
+                self.loop,
+                self._stream(f"disk {number}"),
+                path=f"/dev/simulated{number}",
+                serial=f"SIMULATED-{number}",
+                size_bytes=draw.randrange(4, DISK_BLOCKS_MAX) * DISK_BLOCK_BYTES,
+            )
+            for number in range(draw.choice((1, 1, 2)))
+        ]
+
+    def _watch(self) -> None:
+        def created(name: str) -> None:
+            self.trace.event("object", name, len(self.store.objects[name]))
+            self.invariants.object_created(name)
+
+        self.store.on_create = created
+        self.store.on_delete = self.invariants.deleted
+        self.store.on_fault = lambda kind, name: self.trace.event(kind, name)
+        self.server.on_point = self.invariants.point_stated
+        for disk in self.disks:
+            disk.on_write = lambda version, offset, length: self.trace.event("write", version, offset, length)
+
+    def disk_of(self, disk: DiskId) -> SimulatedDisk:
+        path = self.server.disks[disk].path
+        return next(simulated for simulated in self.disks if simulated.path == path)
+
+    def later(self, seconds: float, action: Callable[[], Any]) -> None:
+        self.loop.call_later(seconds, action)
+
+    def note_fault(self, kind: str) -> None:
+        self.fault_counts[kind] += 1
+        self.trace.event("fault", kind)
+
+    def violate(self, invariant: str, detail: str, cause: BaseException | None = None) -> None:
+        if cause is not None:
+            detail += "\n" + "".join(traceback.format_exception(cause))
+        violation = Violation(seed=self.seed, invariant=invariant, detail=detail, at_seconds=round(self.loop.time(), 6))
+        self.violations.append(violation)
+        self.trace.event("VIOLATION", invariant, detail)
+
+    async def run(self) -> None:
+        self.store.put(self.vault.name, self.vault.vault_json)
+        self.agent = AgentHost(self, self._stream("agent"))
+        self.process_server = ProcessServerHost(self, self._stream("process server"))
+        self.process_server.watch_cache()
+        async with asyncio.TaskGroup() as group:
+            hosts = [group.create_task(host.keep_running()) for host in (self.process_server, self.agent)]
+            sources = [group.create_task(disk.run_workload(self.workload)) for disk in self.disks]
+            faults = group.create_task(run_faults(self, draw_profile(self.draw)))
+            await asyncio.sleep(self.horizon_seconds)
+            faults.cancel()
+            for source in sources:
+                source.cancel()
+            await asyncio.sleep(0)
+            heal_everything(self)
+            self.trace.event("healed")
+            await self._drain()
+            await self._stop(hosts)
+        await recover_everything(self)
+
+    async def _drain(self) -> None:
+        """Waits until every disk has a stated point of its last version."""
+        deadline = self.loop.time() + DRAIN_SECONDS_MAX
+        while self.loop.time() < deadline:
+            if all(self._is_drained(disk) for disk in self.disks):
+                self.trace.event("drained")
+                return
+            await asyncio.sleep(DRAIN_CHECK_SECONDS)
+        self.violate("13-backlog-drains", f"no point of the last version {DRAIN_SECONDS_MAX} s after all faults ended")
+
+    def _is_drained(self, disk: SimulatedDisk) -> bool:
+        last_write_ns = disk.history.instant_ns_of(disk.history.version)
+        return any(
+            point.committed.instant_ns >= last_write_ns and self.disk_of(point.committed.disk) is disk
+            for point in self.server.ledger.values()
+        )
+
+    async def _stop(self, tasks: list[asyncio.Task[None]]) -> None:
+        """The orderly end of both programs, which must come to its end."""
+        for host, task in zip((self.process_server, self.agent), tasks, strict=True):
+            assert isinstance(host, Host)
+            host.is_last_run = True
+            host.stop_orderly()
+            try:
+                async with asyncio.timeout(STOP_SECONDS_MAX):
+                    await asyncio.wait([task])
+            except TimeoutError:
+                self.violate("stop", f"{host.name} does not stop within {STOP_SECONDS_MAX} s")
+                host.kill()
+                task.cancel()
+
+
+def run_seed(seed: int, *, readable: bool = False) -> RunResult:
+    """Runs one seed to its end. Never raises: whatever goes wrong is a violation."""
+    world = World(seed, readable=readable)
+    # why: a collection in the middle would run finalizers at an instant that the seed does not determine
+    gc.disable()
+    try:
+        world.loop.run_until_complete(world.run())
+    except (SimulationStuck, StepLimitExceeded) as error:
+        world.violate("progress", str(error))
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        world.violate("crash", repr(error), error)
+    finally:
+        for failure in world.loop.failures:
+            world.violate("unhandled", failure)
+        result = RunResult(
+            seed=seed,
+            trace=world.trace.digest(),
+            events=world.trace.events,
+            steps=world.loop.steps,
+            virtual_seconds=world.loop.time(),
+            points_recovered=world.points_recovered,
+            faults=dict(world.fault_counts),
+            violations=world.violations,
+        )
+        world.loop.close()
+        gc.enable()
+    return result
