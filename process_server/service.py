@@ -1,7 +1,8 @@
-"""The process server as one object: everything it touches is handed to it, so that a test or the simulation runs the same shells.
+"""The process server as one object: everything it touches is handed to it, so that a test or the simulation runs the
+same shells.
 
-Invariants: an acknowledgement follows the cache's synchronize, a committed position follows the store's create; a lost connection
-ends its own tasks and no others; when `run` ends, everything it started has ended.
+Invariants: an acknowledgement follows the cache's synchronize, a committed position follows the store's create; a lost
+connection ends its own tasks and no others; when `run` ends, everything it started has ended.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class ProcessServerPorts:
 
     identity: this process server's own, as in its certificate. signing_key: the Ed25519 key that its grants name.
     cache: one flat directory for the cache's log files, nothing else in it. state: grants and the revoked list.
-    random_bytes(n): n bytes for data keys. sealing_executor: CPU work (two threads). cache_executor: the cache's file calls
-    (one thread writes, reads for upload may use another).
+    random_bytes(n): n bytes for data keys. sealing_executor: CPU work (two threads). cache_executor: the cache's file
+    calls (one thread writes, reads for upload may use another).
     """
 
     identity: PeerIdentity
@@ -47,17 +48,20 @@ class ProcessServerPorts:
 
 
 class ProcessServer:
-    """Made once per process. `run` recovers the cache and works until `stop` is called; channels are served meanwhile."""
+    """Made once per process. `run` recovers the cache and works until `stop` is called; channels are served meanwhile.
+    """
 
     def __init__(self, ports: ProcessServerPorts, limits: ProcessServerLimits) -> None:
         self._ports = ports
         self._limits = limits
 
     async def run(self) -> None:
-        """Recovers what the cache holds, then seals, caches, uploads and reports until stop(); returns when all has ended.
+        """Recovers what the cache holds, then seals, caches, uploads and reports until stop(); returns when all has
+        ended.
 
-        Cancelling it is a crash as far as durable state is concerned: what was acknowledged survives, nothing else need.
-        Raises ReplicationError only for what no retry mends (a cache directory that cannot be read or written at start).
+        Cancelling it is a crash as far as durable state is concerned: what was acknowledged survives, nothing else
+        need. Raises ReplicationError only for what no retry mends (a cache directory that cannot be read or written at
+        start).
         """
         raise NotImplementedError
 
@@ -66,16 +70,19 @@ class ProcessServer:
         raise NotImplementedError
 
     async def serve_channel(self, channel: Channel) -> None:
-        """Serves one accepted connection to its end, in the caller's task; returns when it is over, and closes the channel.
+        """Serves one accepted connection to its end, in the caller's task; returns when it is over, and closes the
+        channel.
 
-        The peer's faults and a lost connection end only this call, without raising. May be called as soon as `run` runs (it waits
-        until the cache is recovered).
+        The peer's faults and a lost connection end only this call, without raising. May be called as soon as `run` runs
+        (it waits until the cache is recovered).
         """
         raise NotImplementedError
 
     def stop(self) -> None:
-        """Orderly end: no more frames are taken, what was received is made durable and acknowledged, agents get a goodbye, closed
+        """Orderly end: no more frames are taken, what was received is made durable and acknowledged, agents get a
+        goodbye, closed
 
-        segments are uploaded for at most limits.stop_seconds_max; then run() returns. Nothing acknowledged depends on it.
+        segments are uploaded for at most limits.stop_seconds_max; then run() returns. Nothing acknowledged depends on
+        it.
         """
         raise NotImplementedError

@@ -1,6 +1,7 @@
 """What an operator may set for a process server, and the limits that its shells are given from it.
 
-`ProcessServerLimits` is what the service itself takes: plain numbers, so that a test or the simulation needs no settings file.
+`ProcessServerLimits` is what the service itself takes: plain numbers, so that a test or the simulation needs no
+settings file.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ CACHE_FILE_BYTES_MIN: Final = 64 * 1024
 class ProcessServerLimits:
     """Bounds and periods of the running service. Bytes, seconds, counts.
 
-    The cache never occupies more than cache_bytes_max on disk. It needs at least four files: one being written, one kept free
-    for what closes segments when the cache is full, and two for frames.
+    The cache never occupies more than cache_bytes_max on disk. It needs at least four files: one being written, one
+    kept free for what closes segments when the cache is full, and two for frames.
     """
 
     cache_bytes_max: int = 16 * GIBIBYTE

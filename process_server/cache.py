@@ -1,0 +1,216 @@
+"""The durable spool of sealed frames: append-only log files shared by all disks, one synchronize for all that is
+queued.
+
+Invariants: what `append` returned survives power loss; after a failed write or synchronize nothing of that batch
+counts, the file gets no further byte, what it held is read back and checked, and the batch goes into a new file; the
+files never occupy more than the limit; a file is removed only when every segment with bytes in it is committed and that
+is durable in a later file; one file's worth of room is kept for what closes and commits segments when frames have none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, TypeVar
+
+import structlog
+
+from process_server.cache_files import CacheFiles, ScannedFile
+from process_server.cache_log import (
+    NO_DISK,
+    CacheRecord,
+    Location,
+    RecordKind,
+    batch_bytes,
+    cache_record,
+    file_name,
+)
+from process_server.cache_records import DiskCheckpoint, encode_checkpoint, encode_file_ends
+from process_server.errors import CacheFull, CacheUnwritable
+from process_server.metrics import ProcessServerMetrics
+from runtime.directory import DurableDirectory
+
+WRITE_PAUSE_SECONDS_FIRST: Final = 0.1
+WRITE_PAUSE_SECONDS_MAX: Final = 10.0
+
+Result = TypeVar("Result")
+
+_log = structlog.get_logger("process_server.cache")
+
+
+@dataclass(slots=True, kw_only=True)
+class _File:
+    size_bytes: int
+    end_bytes: int
+    """What is synchronized and whole; what lies behind it means nothing."""
+    segments: int = 0
+    """Uncommitted segments with bytes in this file."""
+
+
+class Cache:
+    """One writer calls `append`; everybody may call the rest. All on one event loop."""
+
+    def __init__(
+        self,
+        directory: DurableDirectory,
+        executor: Executor,
+        metrics: ProcessServerMetrics,
+        *,
+        bytes_max: int,
+        file_bytes: int,
+    ) -> None:
+        self._files_io = CacheFiles(directory)
+        self._executor = executor
+        self._metrics = metrics
+        self._bytes_max = bytes_max
+        self._file_bytes = file_bytes
+        self._files: dict[int, _File] = {}
+        self._active: _File | None = None
+        self._active_number = -1
+        self._next_number = 0
+        self._checkpoints: Callable[[], Iterable[DiskCheckpoint]] = lambda: ()
+        self.write_fault: CacheUnwritable | None = None
+        """What keeps the cache from being written at present, None while it works."""
+
+    def start(self, scanned: Sequence[ScannedFile], checkpoints: Callable[[], Iterable[DiskCheckpoint]]) -> None:
+        """Takes over the files that recovery found. checkpoints: where every disk stands, asked when a file is begun.
+        """
+        for found in scanned:
+            self._files[found.file_number] = _File(size_bytes=found.size_bytes, end_bytes=found.end_bytes)
+            self._next_number = max(self._next_number, found.file_number + 1)
+        self._checkpoints = checkpoints
+        self._gauge()
+
+    @property
+    def used_bytes(self) -> int:
+        """What the files occupy, preallocated room included."""
+        return sum(file.size_bytes for file in self._files.values())
+
+    @property
+    def bytes_max(self) -> int:
+        return self._bytes_max
+
+    def room_bytes(self) -> int:
+        """What frames may still take: never the last file's worth, which closes and commits what is here."""
+        free_files = max(0, self._bytes_max - self.used_bytes) // self._file_bytes
+        active_bytes = self._active.size_bytes - self._active.end_bytes if self._active and free_files else 0
+        return max(0, free_files - 1) * self._file_bytes + active_bytes
+
+    def hold(self, file_number: int) -> None:
+        """A segment that is not committed has bytes in this file."""
+        self._files[file_number].segments += 1
+
+    def release(self, file_numbers: Iterable[int]) -> None:
+        """Takes back as many holds: the segment is committed and a durable record says so, or it was given up."""
+        for file_number in file_numbers:
+            self._files[file_number].segments -= 1
+
+    async def append(self, records: Sequence[CacheRecord], *, has_frames: bool) -> list[Location]:
+        """Writes the records as one batch and returns where their payloads lie; durable on return.
+
+        Tries until the cache can be written, with growing pauses. has_frames: the batch may not take the room that is
+        kept for closing segments. Raises CacheFull if there is no room; nothing was written then.
+        """
+        length = batch_bytes(records)
+        pause_seconds = 0.0
+        while True:
+            await asyncio.sleep(pause_seconds)
+            try:
+                await self._make_room(length, has_frames=has_frames)
+                locations = await self._run(lambda: self._files_io.append(records))
+            except OSError as error:
+                pause_seconds = min(max(WRITE_PAUSE_SECONDS_FIRST, 2 * pause_seconds), WRITE_PAUSE_SECONDS_MAX)
+                await self._abandon(error)
+                continue
+            assert self._active is not None
+            self._active.end_bytes += length
+            self.write_fault = None
+            self._gauge()
+            return locations
+
+    async def read(self, kind: RecordKind, locations: Sequence[Location]) -> list[memoryview]:
+        """The payloads, verified. Raises OSError, CacheDamaged."""
+        return await self._run(lambda: self._files_io.read(kind, locations))
+
+    async def remove_unused(self) -> None:
+        """Removes every file but the active one that no uncommitted segment needs. Durable on return."""
+        unused = [number for number, file in self._files.items() if not file.segments and number != self._active_number]
+        for number in unused:
+            try:
+                await self._run(partial(self._files_io.remove, number))
+            except OSError as error:
+                _log.warning("cannot remove cache file", file=file_name(number), error=str(error))
+                return
+            del self._files[number]
+        self._gauge()
+
+    async def close(self) -> None:
+        """Closes the active file. What was appended is durable anyway."""
+        await self._run(self._files_io.abandon)
+        self._active = None
+
+    def fits(self, length_bytes: int, *, has_frames: bool) -> bool:
+        """Whether a batch of that length can be appended now."""
+        if self._active and self._active.end_bytes + length_bytes <= self._active.size_bytes:
+            # why: when no other file can follow, the active one is the one that was kept free.
+            return not has_frames or self.used_bytes + self._file_bytes <= self._bytes_max
+        kept_bytes = self._file_bytes if has_frames else 0
+        file_bytes = max(self._file_bytes, batch_bytes(self._checkpoint_records()) + length_bytes)
+        return self.used_bytes + file_bytes + kept_bytes <= self._bytes_max
+
+    async def _make_room(self, length_bytes: int, *, has_frames: bool) -> None:
+        if not self.fits(length_bytes, has_frames=has_frames):
+            raise CacheFull(name=file_name(self._next_number), reason=f"limit of {self._bytes_max} bytes")
+        if self._active and self._active.end_bytes + length_bytes <= self._active.size_bytes:
+            return
+        checkpoint = self._checkpoint_records()
+        file_bytes = max(self._file_bytes, batch_bytes(checkpoint) + length_bytes)
+        number, self._next_number = self._next_number, self._next_number + 1
+        self._active, self._active_number = None, -1
+        # why: the file counts from before it exists, so that the limit holds however its creation ends.
+        file = self._files[number] = _File(size_bytes=file_bytes, end_bytes=0)
+        file.end_bytes = await self._run(lambda: self._files_io.begin(number, checkpoint, preallocate_bytes=file_bytes))
+        self._active, self._active_number = file, number
+
+    def _checkpoint_records(self) -> list[CacheRecord]:
+        ends = {number: file.end_bytes for number, file in self._files.items()}
+        records = [cache_record(RecordKind.CHECKPOINT, NO_DISK, 0, 0, encode_file_ends(ends))]
+        for checkpoint in self._checkpoints():
+            payload = encode_checkpoint(checkpoint)
+            records.append(
+                cache_record(RecordKind.POSITION, checkpoint.disk, checkpoint.epoch, checkpoint.ordinal, payload)
+            )
+        return records
+
+    async def _abandon(self, error: OSError) -> None:
+        """The active file, or the one just begun, takes no more; what it holds is checked as the disk has it."""
+        number = self._next_number - 1
+        name = file_name(number)
+        self.write_fault = CacheUnwritable(name=name, reason=str(error))
+        self._metrics.cache_write_errors.inc()
+        _log.error("cache file abandoned after an error", file=name, error=str(error))
+        self._active, self._active_number = None, -1
+        try:
+            await self._run(self._files_io.abandon)
+            file = self._files.get(number)
+            if file is None:
+                return
+            if not file.end_bytes:
+                await self._run(lambda: self._files_io.remove(number))
+                del self._files[number]
+                return
+            end_bytes = file.end_bytes
+            found = await self._run(lambda: self._files_io.scan(number, end_bytes=end_bytes, verify_payloads=True))
+            if found.end_bytes < end_bytes:
+                _log.error("acknowledged bytes are damaged", file=name, good=found.end_bytes, durable=end_bytes)
+        except OSError as reread_error:
+            _log.error("cache file cannot be read back", file=name, error=str(reread_error))
+
+    def _run(self, call: Callable[[], Result]) -> asyncio.Future[Result]:
+        return asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    def _gauge(self) -> None:
+        self._metrics.cache_bytes.set(self.used_bytes)

@@ -1,0 +1,215 @@
+"""The cache's log files on a durable directory: blocking calls that belong in an executor, one writer at a time.
+
+Invariants: bytes are written once, behind what was synchronized, and never again; a file in which a write or a
+synchronize failed gets no further byte; what `append` returned survives power loss; what `read` returns has the digest
+that was written.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from process_server.cache_log import (
+    BLOCK_BYTES,
+    CacheRecord,
+    LocatedRecord,
+    Location,
+    RecordKind,
+    batch_bytes,
+    file_name,
+    padded,
+    payload_digest,
+    read_batch_header,
+    read_rows,
+    write_batch,
+)
+from process_server.errors import CacheDamaged
+from protocol.errors import InvalidValue
+from runtime.directory import DurableDirectory, DurableFile
+from storage.frame_record import HEAD_BYTES, HEAD_DIGEST_BYTES, parse_frame_record
+
+STAGING_BYTES: Final = 4 * 2**20
+READ_GAP_BYTES_MAX: Final = 64 * 1024
+"""Payloads no farther apart than this are read by one call."""
+READ_BYTES_MAX: Final = 8 * 2**20
+"""One call reads no more, unless a single payload is longer."""
+
+
+def frame_digest(record: memoryview) -> bytes:
+    """A frame record's own head digest, which covers all of it: the row repeats it instead of hashing again."""
+    return bytes(record[HEAD_BYTES - HEAD_DIGEST_BYTES : HEAD_BYTES])
+
+
+def check_payload(kind: RecordKind, location: Location, payload: memoryview) -> None:
+    """Raises CacheDamaged unless the payload is the one that was written."""
+    name = file_name(location.file_number)
+    if kind is not RecordKind.FRAME:
+        if payload_digest(payload) != location.digest:
+            raise CacheDamaged(name=name, reason=f"{kind.name} at {location.offset_bytes} has another digest")
+        return
+    if frame_digest(payload) != location.digest:
+        raise CacheDamaged(name=name, reason=f"another frame lies at {location.offset_bytes}")
+    try:
+        length = parse_frame_record(payload).entry.head.record_bytes
+    except InvalidValue as error:
+        raise CacheDamaged(name=name, reason=f"frame at {location.offset_bytes}: {error}") from error
+    if length != location.length_bytes:
+        raise CacheDamaged(name=name, reason=f"frame at {location.offset_bytes} has another length")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScannedFile:
+    """What a file holds: its records up to the first batch that does not check out, and where that is."""
+
+    file_number: int
+    size_bytes: int
+    end_bytes: int
+    records: list[LocatedRecord]
+
+
+class CacheFiles:
+    """The directory of log files. `append` and `begin` are called by one writer; `read` and `scan` from any thread."""
+
+    def __init__(self, directory: DurableDirectory) -> None:
+        self._directory = directory
+        self._active: DurableFile | None = None
+        self._active_number = -1
+        self._batch_number = 0
+        self._end_bytes = 0
+        self._staging = mmap.mmap(-1, STAGING_BYTES)
+
+    def begin(self, file_number: int, records: Sequence[CacheRecord], *, preallocate_bytes: int) -> int:
+        """Creates the file and writes its first batch; durable on return. Returns where the next batch goes.
+
+        Raises OSError; the file is not active then, and what may be there of it means nothing.
+        """
+        self.abandon()
+        active = self._directory.open(
+            file_name(file_number), create=True, preallocate_bytes=preallocate_bytes, direct=True
+        )
+        self._active, self._active_number, self._batch_number, self._end_bytes = active, file_number, 0, 0
+        self.append(records)
+        return self._end_bytes
+
+    def append(self, records: Sequence[CacheRecord]) -> list[Location]:
+        """Writes one batch and synchronizes it: durable on return. Raises OSError; abandon the file then."""
+        assert self._active is not None
+        length = batch_bytes(records)
+        staging = self._staging if length <= STAGING_BYTES else mmap.mmap(-1, length)
+        with memoryview(staging) as whole, whole[:length] as buffer:
+            locations = write_batch(
+                buffer,
+                records,
+                file_number=self._active_number,
+                batch_number=self._batch_number,
+                offset_bytes=self._end_bytes,
+            )
+            self._active.write(self._end_bytes, [buffer])
+            self._active.synchronize()
+        self._end_bytes += length
+        self._batch_number += 1
+        return locations
+
+    def abandon(self) -> None:
+        """The active file gets no further byte."""
+        if self._active is not None:
+            active, self._active = self._active, None
+            active.close()
+
+    def remove(self, file_number: int) -> None:
+        """Durable on return. Raises OSError."""
+        self._directory.remove(file_name(file_number))
+
+    def read(self, kind: RecordKind, locations: Sequence[Location]) -> list[memoryview]:
+        """The payloads, verified. Locations of one file in ascending order are read together.
+
+        Raises OSError, CacheDamaged.
+        """
+        payloads: list[memoryview] = []
+        for run in _runs(locations):
+            first = run[0].offset_bytes // BLOCK_BYTES * BLOCK_BYTES
+            end = padded(run[-1].offset_bytes + run[-1].length_bytes)
+            buffer = memoryview(mmap.mmap(-1, max(end - first, BLOCK_BYTES)))
+            file = self._directory.open(file_name(run[0].file_number), direct=True)
+            try:
+                file.read_into(first, buffer)
+            finally:
+                file.close()
+            for location in run:
+                start = location.offset_bytes - first
+                payload = buffer[start : start + location.length_bytes]
+                check_payload(kind, location, payload)
+                payloads.append(payload)
+        return payloads
+
+    def scan(self, file_number: int, *, end_bytes: int | None, verify_payloads: bool) -> ScannedFile:
+        """Reads a file's batches until one does not check out, or to `end_bytes` if that is known.
+
+        verify_payloads: read every payload too and take a batch only if all of it checks out; needed for the file in
+        which the power may have failed. Raises OSError, CacheFormatNotSupported.
+        """
+        file = self._directory.open(file_name(file_number), direct=True)
+        try:
+            size_bytes = file.size_bytes()
+            limit = size_bytes if end_bytes is None else min(end_bytes, size_bytes)
+            records: list[LocatedRecord] = []
+            place = 0
+            batch_number = 0
+            while place < limit:
+                batch = _scan_batch(file, file_number, batch_number, place, limit, verify_payloads=verify_payloads)
+                if batch is None:
+                    break
+                length, found = batch
+                records += found
+                place += length
+                batch_number += 1
+        finally:
+            file.close()
+        return ScannedFile(file_number=file_number, size_bytes=size_bytes, end_bytes=place, records=records)
+
+
+def _scan_batch(
+    file: DurableFile, file_number: int, batch_number: int, place: int, limit: int, *, verify_payloads: bool
+) -> tuple[int, list[LocatedRecord]] | None:
+    data = _read_aligned(file, place, BLOCK_BYTES)
+    header = read_batch_header(data, file_number=file_number, batch_number=batch_number)
+    if header is None or place + header.length_bytes > limit:
+        return None
+    wanted = header.length_bytes if verify_payloads else padded(header.rows_end_bytes)
+    if wanted > BLOCK_BYTES:
+        data = _read_aligned(file, place, wanted)
+    records = read_rows(header, data, offset_bytes=place)
+    if records is None:
+        return None
+    if verify_payloads:
+        for record in records:
+            start = record.location.offset_bytes - place
+            try:
+                check_payload(record.kind, record.location, data[start : start + record.location.length_bytes])
+            except CacheDamaged:
+                return None
+    return header.length_bytes, records
+
+
+def _read_aligned(file: DurableFile, offset_bytes: int, length_bytes: int) -> memoryview:
+    buffer = memoryview(mmap.mmap(-1, length_bytes))
+    return buffer[: file.read_into(offset_bytes, buffer)]
+
+
+def _runs(locations: Sequence[Location]) -> list[list[Location]]:
+    """Cuts locations into runs that one read each fetches."""
+    runs: list[list[Location]] = []
+    for location in locations:
+        if runs:
+            run = runs[-1]
+            end = run[-1].offset_bytes + run[-1].length_bytes
+            length = location.offset_bytes + location.length_bytes - run[0].offset_bytes
+            is_near = 0 <= location.offset_bytes - end <= READ_GAP_BYTES_MAX
+            if run[-1].file_number == location.file_number and is_near and length <= READ_BYTES_MAX:
+                run.append(location)
+                continue
+        runs.append([location])
+    return runs

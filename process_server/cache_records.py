@@ -1,0 +1,187 @@
+"""What the payloads of the cache's own records say: positions of disks, ends of segments, ends of files.
+
+Strict msgpack, decoded into values. Invariant: what does not decode is damage of a named file, never a guess.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+import msgpack  # type: ignore[import-untyped]
+from typing_extensions import Buffer
+
+from process_server.cache_log import LocatedRecord, file_name
+from process_server.errors import CacheDamaged
+from protocol.vocabulary import Consistency, DiskId, PointId, check_identifier, check_range
+
+_U32: Final = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedPoint:
+    """A bookmark in this disk's history that the configuration server has not yet acknowledged as committed."""
+
+    point: PointId
+    instant_ns: int
+    epoch: int
+    sequence: int
+    consistency: Consistency
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskCheckpoint:
+    """Where a disk's history stands after its newest closed segment, or at the start of its epoch (sequence 0).
+
+    ordinal: of the newest closed segment, one less than the epoch's first at its start. trailer_hash: of that segment,
+    or what the epoch's first segment names as its predecessor. cursor: the newest copy-in cursor, None if none was
+    stated.
+    """
+
+    disk: DiskId
+    epoch: int
+    parent_epoch: int
+    parent_sequence: int
+    ordinal: int
+    sequence: int
+    trailer_hash: bytes
+    copy_in_cursor_bytes: int | None
+    unreported_points: tuple[CachedPoint, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClosedSegmentRecord:
+    """What is settled about a closed segment: which of its frames belong to it, and the bytes that surround them."""
+
+    frames: int
+    first_sequence: int
+    last_sequence: int
+    copy_in_cursor_bytes: int | None
+    trailer_hash: bytes
+    points: tuple[CachedPoint, ...]
+    object_bytes: int
+    header: bytes
+    end: bytes
+
+    def without_bytes(self) -> ClosedSegmentRecord:
+        """The same without header and end, which stay in the cache until the upload."""
+        return dataclasses.replace(self, header=b"", end=b"")
+
+
+def encode_file_ends(file_ends: dict[int, int]) -> bytes:
+    """The payload of a CHECKPOINT record."""
+    return cast(bytes, msgpack.packb(sorted(file_ends.items())))
+
+
+def decode_file_ends(data: Buffer, name: str) -> dict[int, int]:
+    """Raises CacheDamaged."""
+    ends: dict[int, int] = {}
+    for number, end_bytes in _unpack(data, name):
+        ends[check_range(number, "file number", low=0, high=2**63 - 1)] = check_range(
+            end_bytes, "file end", low=0, high=2**63 - 1
+        )
+    return ends
+
+
+def encode_checkpoint(checkpoint: DiskCheckpoint) -> bytes:
+    """The payload of a POSITION record; its row carries disk, epoch and ordinal."""
+    return cast(
+        bytes,
+        msgpack.packb(
+            [
+                checkpoint.parent_epoch,
+                checkpoint.parent_sequence,
+                checkpoint.sequence,
+                checkpoint.trailer_hash,
+                checkpoint.copy_in_cursor_bytes,
+                [_point_fields(point) for point in checkpoint.unreported_points],
+            ]
+        ),
+    )
+
+
+def decode_checkpoint(record: LocatedRecord, data: Buffer) -> DiskCheckpoint:
+    """Raises CacheDamaged."""
+    name = file_name(record.location.file_number)
+    fields = _unpack(data, name)
+    try:
+        parent_epoch, parent_sequence, sequence, trailer_hash, cursor, points = fields
+        return DiskCheckpoint(
+            disk=record.disk,
+            epoch=record.epoch,
+            parent_epoch=parent_epoch,
+            parent_sequence=parent_sequence,
+            ordinal=record.ordinal,
+            sequence=sequence,
+            trailer_hash=trailer_hash,
+            copy_in_cursor_bytes=cursor,
+            unreported_points=tuple(_point(point) for point in points),
+        )
+    except (TypeError, ValueError) as error:
+        raise CacheDamaged(name=name, reason=f"a position record is malformed: {error}") from error
+
+
+def encode_closed(closed: ClosedSegmentRecord) -> bytes:
+    """The payload of a SEGMENT_CLOSED record: u32 length of the facts | facts | header | index and trailer."""
+    facts = [
+        closed.frames,
+        closed.first_sequence,
+        closed.last_sequence,
+        closed.copy_in_cursor_bytes,
+        closed.trailer_hash,
+        [_point_fields(point) for point in closed.points],
+        closed.object_bytes,
+        len(closed.header),
+    ]
+    packed = cast(bytes, msgpack.packb(facts))
+    return b"".join((_U32.pack(len(packed)), packed, closed.header, closed.end))
+
+
+def decode_closed(data: Buffer, name: str) -> ClosedSegmentRecord:
+    """name: of the log file, for the error. Raises CacheDamaged."""
+    view = memoryview(data).cast("B")
+    try:
+        facts_end = _U32.size + _U32.unpack_from(view)[0]
+        frames, first_sequence, last_sequence, cursor, trailer_hash, points, object_bytes, header_bytes = _unpack(
+            view[_U32.size : facts_end], name
+        )
+        return ClosedSegmentRecord(
+            frames=frames,
+            first_sequence=first_sequence,
+            last_sequence=last_sequence,
+            copy_in_cursor_bytes=cursor,
+            trailer_hash=trailer_hash,
+            points=tuple(_point(point) for point in points),
+            object_bytes=object_bytes,
+            header=bytes(view[facts_end : facts_end + header_bytes]),
+            end=bytes(view[facts_end + header_bytes :]),
+        )
+    except (TypeError, ValueError, struct.error) as error:
+        raise CacheDamaged(name=name, reason=f"a segment's end is malformed: {error}") from error
+
+
+def _point_fields(point: CachedPoint) -> list[object]:
+    return [point.point, point.instant_ns, point.epoch, point.sequence, point.consistency.value]
+
+
+def _point(fields: list[Any]) -> CachedPoint:
+    point, instant_ns, epoch, sequence, consistency = fields
+    return CachedPoint(
+        point=PointId(check_identifier(point, "point")),
+        instant_ns=instant_ns,
+        epoch=epoch,
+        sequence=sequence,
+        consistency=Consistency(consistency),
+    )
+
+
+def _unpack(data: Buffer, name: str) -> list[Any]:
+    try:
+        fields = msgpack.unpackb(data, strict_map_key=True)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise CacheDamaged(name=name, reason=f"not msgpack: {error}") from error
+    if not isinstance(fields, list):
+        raise CacheDamaged(name=name, reason="not a msgpack array")
+    return fields
