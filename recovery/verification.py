@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -17,11 +17,17 @@ READ_BYTES: Final = 2**20
 _ZEROES: Final = bytes(READ_BYTES)
 
 
-def image_digest(path: Path | str, *, size_bytes: int) -> str:
-    """blake3 of the first size_bytes, in hexadecimal, as `b3sum` prints it. Raises OSError, EOFError if shorter."""
-    digest = blake3()
+def image_digest(path: Path | str, *, size_bytes: int, on_bytes: Callable[[int], None] | None = None) -> str:
+    """blake3 of the first size_bytes, in hexadecimal, as `b3sum` prints it. Raises OSError, EOFError if shorter.
+
+    on_bytes is told how many bytes are done, now and then; what it raises ends the reading.
+    """
+    digest, done = blake3(), 0
     for part in _parts(Path(path), size_bytes):
         digest.update(part)
+        done += len(part)
+        if on_bytes is not None:
+            on_bytes(done)
     return digest.hexdigest()
 
 

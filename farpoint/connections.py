@@ -1,0 +1,99 @@
+"""Opens what commands talk to: a vault in its store, or the configuration server. Whoever opens closes, however it
+ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from farpoint.errors import DirectoryNotUp, OptionMissing
+from farpoint.key_files import read_recovery_key
+from farpoint.settings import FarpointSettings
+from protocol.errors import MalformedInput
+from protocol.transport.control_client import OperatorClient
+from recovery.opened_vault import OpenedVault, open_vault
+from runtime.secrets import read_secret
+from storage.backends.open_store import open_store
+
+UP_FILE: Final = "up.json"
+"""What `farpoint up` tells the other commands about itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpDescription:
+    """Where the servers of a directory of `farpoint up` are."""
+
+    server_url: str
+    store_url: str
+    authority_file: Path
+    admin_token_file: Path
+
+    def serialise(self) -> bytes:
+        fields = {
+            "server_url": self.server_url,
+            "store_url": self.store_url,
+            "authority_file": str(self.authority_file),
+            "admin_token_file": str(self.admin_token_file),
+        }
+        return json.dumps(fields, indent=2).encode() + b"\n"
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Raises DirectoryNotUp, MalformedInput."""
+        path = directory / UP_FILE
+        try:
+            fields = json.loads(path.read_bytes())
+            return cls(
+                server_url=fields["server_url"],
+                store_url=fields["store_url"],
+                authority_file=directory / fields["authority_file"],
+                admin_token_file=directory / fields["admin_token_file"],
+            )
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DirectoryNotUp(path=directory) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise MalformedInput(what=str(path), reason=str(error)) from error
+
+
+@asynccontextmanager
+async def vault_of(settings: FarpointSettings, *, executor: Executor | None = None) -> AsyncIterator[OpenedVault]:
+    """The vault that store and recovery key name. Raises OptionMissing, and what opening either raises."""
+    if settings.store is None:
+        raise OptionMissing(option="--store", purpose="the URL of the store that holds the vault")
+    if settings.recovery_key is None:
+        raise OptionMissing(option="--recovery-key", purpose="a recovery key file of the vault")
+    key = read_recovery_key(settings.recovery_key, passphrase_file=settings.passphrase_file)
+    store = open_store(settings.store, credentials_file=settings.store_credentials_file, executor=executor)
+    try:
+        yield await open_vault(store, key)
+    finally:
+        await store.close()
+
+
+@asynccontextmanager
+async def operator_of(settings: FarpointSettings) -> AsyncIterator[OperatorClient]:
+    """The configuration server. Raises OptionMissing, DirectoryNotUp, SecretMissing."""
+    server, authority, token = settings.server, settings.ca, settings.admin_token_file
+    if settings.dir is not None:
+        up = UpDescription.read(settings.dir)
+        server = server or up.server_url
+        authority = authority or up.authority_file
+        token = token or up.admin_token_file
+    if server is None:
+        raise OptionMissing(option="--server (or --dir)", purpose="https://HOST:PORT of the configuration server")
+    if authority is None:
+        raise OptionMissing(option="--ca", purpose="the file authority.pem of the configuration server")
+    if token is None:
+        raise OptionMissing(option="--admin-token-file", purpose="the file that `config-server init` wrote")
+    client = OperatorClient(
+        server_url=server, authority_pem=read_secret(authority), admin_token=read_secret(token).decode()
+    )
+    try:
+        yield client
+    finally:
+        await client.close()

@@ -1,0 +1,51 @@
+"""What the command line itself can find wrong."""
+
+from __future__ import annotations
+
+from protocol.errors import LocalFault
+
+
+class OptionMissing(LocalFault):
+    """Fields: option, purpose."""
+
+    code = "setting-invalid"
+    message = "{option} must be given: {purpose}"
+    hint = "As a flag, as FARPOINT_… in the environment, or in /etc/farpoint/farpoint.toml."
+
+
+class TooFewRecoveryKeys(LocalFault):
+    """Fields: count."""
+
+    code = "setting-invalid"
+    message = "{count} recovery key would be the only way into the vault"
+    hint = "Give --recovery-key twice, for two safe places; or --single-recovery-key if you accept the risk."
+
+
+class PassphraseMissing(LocalFault):
+    """Fields: path."""
+
+    code = "passphrase-missing"
+    message = "recovery key {path} needs its passphrase"
+    hint = "Give --passphrase-file, or run it on a terminal."
+
+
+class PassphraseEmpty(LocalFault):
+    """Fields: path."""
+
+    code = "passphrase-empty"
+    message = "the passphrase in {path} is empty"
+
+
+class VaultHasHistory(LocalFault):
+    """Fields: path, reason."""
+
+    code = "vault-exists"
+    message = "{path}: {reason}"
+
+
+class DirectoryNotUp(LocalFault):
+    """Fields: path."""
+
+    code = "not-found"
+    message = "{path} is no directory of `farpoint up`"
+    hint = "Run `farpoint up --dir DIR` first, or give --server, --ca and --admin-token-file."
