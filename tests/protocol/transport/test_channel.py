@@ -402,7 +402,11 @@ def test_a_second_connection_resumes_no_session(run: Run, certificates: Certific
     assert tickets == [False, False]
 
 
-@pytest.mark.parametrize("opening", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\x05hello", os.urandom(100)])
+@pytest.mark.parametrize(
+    "opening",
+    [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\x05hello", bytes(range(256)), b""],
+    ids=["HTTP", "damaged hello", "noise", "nothing"],
+)
 def test_what_is_not_tls_is_refused(run: Run, certificates: Certificates, opening: bytes) -> None:
     async def scenario() -> None:
         failures = Failures()
