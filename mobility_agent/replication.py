@@ -242,7 +242,7 @@ class DiskReplication:
     async def _apply(self, group: asyncio.TaskGroup, happening: _Happening) -> None:
         transition = decide(self._state, happening.event)
         if transition.state is not self._state:
-            log.info("disk", disk=self.disk, path=self.path, state=transition.state.value, event=happening.event.value)
+            log.info("disk", disk=self.disk, path=self.path, state=transition.state.value, cause=happening.event.value)
         self._state = transition.state
         if happening.error is not None:
             self._error = happening.error
