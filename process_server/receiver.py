@@ -105,6 +105,10 @@ class AgentConnection:
     def certificate_serial(self) -> str:
         return self._channel.certificate_serial
 
+    @property
+    def peer_uri(self) -> str:
+        return self._channel.peer.uri
+
     async def serve(self) -> None:
         """To its end, without raising for anything that the peer or the network did."""
         self._tools.metrics.connections.inc()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -83,11 +83,20 @@ class ByteBudget:
 class Uploader:
     """`closed` is told of every closed segment; `run` is the task that owns all uploads."""
 
-    def __init__(self, archive: DiskArchive, cache: Cache, metrics: ProcessServerMetrics, rules: UploadRules) -> None:
+    def __init__(
+        self,
+        archive: DiskArchive,
+        cache: Cache,
+        metrics: ProcessServerMetrics,
+        rules: UploadRules,
+        *,
+        on_committed: Callable[[DiskHistory], None],
+    ) -> None:
         self._archive = archive
         self._cache = cache
         self._metrics = metrics
         self._rules = rules
+        self._on_committed = on_committed
         self._budget = ByteBudget(rules.bytes_in_memory_max)
         self._due: deque[DiskHistory] = deque()
         self._arrival = asyncio.Event()
@@ -103,10 +112,6 @@ class Uploader:
         """The disk has a segment more that waits, or room for another upload."""
         self._due.append(history)
         self._arrival.set()
-
-    def waiting_segments(self, histories: list[DiskHistory]) -> int:
-        """How many segments are closed and not committed."""
-        return sum(len(history.waiting) for history in histories)
 
     async def wait_until_committed(self, history: DiskHistory) -> None:
         """Returns once nothing of this disk waits for the store any more."""
@@ -187,6 +192,7 @@ class Uploader:
             assert segment.closed is not None
             self._there.discard(segment)
             history.segment_committed(segment)
+            self._on_committed(history)
             self._metrics.committed_segments.inc()
             self._metrics.committed_bytes.inc(segment.closed.object_bytes)
         # why: what a disk lost with its cache is in nobody's `waiting` any more.

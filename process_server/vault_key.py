@@ -1,0 +1,49 @@
+"""The vault's public key, to which every segment's data key is wrapped: from the store, then from the state directory.
+
+Invariant: the key was read from a vault description that the vault's authority signed; a store that is away does not
+keep a restarted process server from sealing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Executor
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
+
+from process_server.errors import StateUnreadable
+from runtime.directory import DurableDirectory
+from storage.disk_archive import DiskArchive
+
+VAULT_KEY_FILE: Final = "vault-key"
+
+
+class VaultKey:
+    """`get` gives it, from wherever it is known."""
+
+    def __init__(self, archive: DiskArchive, state: DurableDirectory, executor: Executor) -> None:
+        self._archive = archive
+        self._state = state
+        self._executor = executor
+        self._key: X25519PublicKey | None = None
+
+    async def get(self) -> X25519PublicKey:
+        """Raises StoreFault or VaultFault if it was never known and the store does not give it, StateUnreadable."""
+        if self._key is None:
+            loop = asyncio.get_running_loop()
+            try:
+                data = await loop.run_in_executor(self._executor, self._load)
+                if data is None:
+                    data = (await self._archive.read_vault()).vault_key
+                    await loop.run_in_executor(self._executor, self._state.replace, VAULT_KEY_FILE, data)
+                self._key = X25519PublicKey.from_public_bytes(data)
+            except (OSError, ValueError) as error:
+                raise StateUnreadable(name=VAULT_KEY_FILE, reason=str(error)) from error
+        return self._key
+
+    def _load(self) -> bytes | None:
+        try:
+            return self._state.read(VAULT_KEY_FILE)
+        except FileNotFoundError:
+            return None
