@@ -1,9 +1,9 @@
 """TLS between a raw asyncio transport and a BufferedProtocol: the protocol sees a plain transport.
 
-asyncio's and uvloop's own TLS lose what was received but not yet read when the peer closes, unless the protocol takes
-it all in one buffer: a refusal, the last message before a close, would not arrive. This layer drains first. It also
+asyncio's and uvloop's own TLS drop what they have received but not yet handed over when the TCP end comes with it,
+unless the protocol takes it all in one buffer: a peer's last words would be lost. This layer drains first. It also
 closes by half, so that the last message is not destroyed by a reset when the peer is still sending, and it reports
-failures as our own errors.
+failures as our own errors (docs/decisions/0005).
 
 Invariants: the application above hears connection_made once, after the handshake, and connection_lost once; decrypted
 bytes go straight into its buffer; nothing is delivered between pause_reading and resume_reading; write() has
