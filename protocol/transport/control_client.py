@@ -74,6 +74,9 @@ REQUEST_SECONDS_MAX: Final = 30.0
 """How long any request may take, beyond the wait that a long poll asks for."""
 CONNECT_SECONDS_MAX: Final = 10.0
 CONNECTIONS_MAX: Final = 4
+DEFAULT_PORT: Final = 443
+VERDICT_SECONDS_MAX: Final = 1.0
+"""How soon a server that refuses our certificate has cut the connection."""
 ENROLLMENT_ATTEMPTS_MAX: Final = 3
 
 _PROBLEM_TYPE = "application/problem+json"
@@ -107,6 +110,7 @@ def client_context(*, authority_pem: bytes, credentials_path: str | None = None)
 class ControlConnection:
     """Requests to one configuration server; typed replies, typed errors. Opens connections when first needed.
 
+    anonymous_context: as `context` but without its certificate; tells a refused certificate from an outage.
     Raises from every request: ServerUnreachable, ServerUnwell (retryable), ServerNotTrusted, CertificateTimeInvalid,
     CertificateRefused, AnswerMalformed, or the refusal's own type.
     """
@@ -117,9 +121,11 @@ class ControlConnection:
         server_url: str,
         context: ssl.SSLContext,
         bearer_token: str | None = None,
+        anonymous_context: ssl.SSLContext | None = None,
         request_seconds_max: float = REQUEST_SECONDS_MAX,
     ) -> None:
         self._url = check_server_url(server_url)
+        self._anonymous_context = anonymous_context
         self._context = context
         self._headers = {} if bearer_token is None else {"Authorization": f"Bearer {bearer_token}"}
         self._request_seconds_max = request_seconds_max
@@ -168,7 +174,42 @@ class ControlConnection:
         except TimeoutError as error:
             raise ServerUnreachable(server=self._url, reason="no answer in time") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise self._translate(error) from error
+            failure = self._translate(error)
+            if isinstance(failure, ServerUnreachable):
+                failure = await self._find_refusal() or failure
+            raise failure from error
+
+    async def _find_refusal(self) -> ReplicationError | None:
+        """Whether connections are cut because of our certificate.
+
+        With TLS 1.3 the server judges it after our handshake has ended; its alert is lost if a request is under way by
+        then, and servers on asyncio do not send one. But then every connection that shows the certificate is cut, and
+        one that shows none is not.
+        """
+        if self._anonymous_context is None or await self._is_left_open(self._context):
+            return None
+        if not await self._is_left_open(self._anonymous_context):
+            return None
+        reason = "it is of another authority, or no longer valid by the server's clock"
+        return CertificateRefused(subject="this program", reason=reason)
+
+    async def _is_left_open(self, context: ssl.SSLContext) -> bool:
+        """Whether the server keeps a connection on which nothing is sent, for as long as a verdict takes."""
+        parts = urlsplit(self._url)
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS_MAX):
+                reader, writer = await asyncio.open_connection(parts.hostname, parts.port or DEFAULT_PORT, ssl=context)
+        except OSError:
+            return False
+        try:
+            async with asyncio.timeout(VERDICT_SECONDS_MAX):
+                return bool(await reader.read(1))
+        except TimeoutError:
+            return True
+        except OSError:
+            return False
+        finally:
+            writer.transport.abort()
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -285,6 +326,7 @@ class _EnrolledClient(_Client):
             ControlConnection(
                 server_url=server_url,
                 context=client_context(authority_pem=authority_pem, credentials_path=credentials_path),
+                anonymous_context=client_context(authority_pem=authority_pem),
                 request_seconds_max=request_seconds_max,
             )
         )
