@@ -326,7 +326,7 @@ class DiskArchive(VaultRecords):
                 header_data = tail[: trailer.header_bytes]
         except ObjectNotFound as error:
             raise SegmentMissing(name=text) from error
-        segment = verify_segment(
+        return verify_segment(
             name,
             header_data=header_data,
             index_data=index_data,
@@ -334,9 +334,6 @@ class DiskArchive(VaultRecords):
             object_bytes=size_bytes,
             authority=self._authority,
         )
-        if name.vault != self._vault:
-            raise ObjectCorrupt(name=text, reason="it is of another vault")
-        return segment
 
     async def _in_parallel(self, items: Sequence[_Item], read: Callable[[_Item], Awaitable[_Result]]) -> list[_Result]:
         """The results in the order of the items, reads_at_once at a time. The first failure ends it and is raised."""

@@ -12,6 +12,7 @@ import binascii
 import hashlib
 import json
 import os
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Final, cast
 
@@ -400,7 +401,8 @@ def _derive(passphrase: str, derivation: dict[str, object]) -> bytes:
     )
     salt = _bytes(derivation, "salt", length=_SALT_BYTES)
     function = Argon2id(salt=salt, length=32, iterations=iterations, lanes=lanes, memory_cost=memory_kib)
-    return function.derive(passphrase.encode())
+    # why: keyboards differ in how they compose a letter; the same passphrase must give the same key on all of them
+    return function.derive(unicodedata.normalize("NFC", passphrase).encode())
 
 
 def _json(fields: dict[str, object]) -> bytes:

@@ -10,6 +10,7 @@ import dataclasses
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from protocol.errors import InvalidValue
 from protocol.signed_records import (
     MachineDescription,
     PointMember,
@@ -33,9 +34,12 @@ from storage.errors import (
     NotAVault,
     ObjectCorrupt,
     ObjectExists,
+    ObjectNotFound,
     PositionNotFound,
     SegmentMissing,
+    StoreFull,
     StoreOutcomeUnknown,
+    StoreUnavailable,
     VaultFault,
 )
 from storage.keys import create_vault
@@ -557,6 +561,75 @@ class TestCloseEpoch:
         )
         assert sorted(type(outcome).__name__ for outcome in outcomes) == ["HistoryForked", "SegmentWriter"]
         assert not (await archive.history(DISK)).damage
+
+
+class TestStoreFaults:
+    """A store that fails is no damage: what it holds may be whole."""
+
+    async def test_a_store_that_fails_while_a_history_is_read_is_told_as_such(
+        self, archive: DiskArchive, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await write(archive, SegmentWriter(make_grant()), 20)
+
+        async def fail(name: str, **_: object) -> bytes:
+            raise StoreUnavailable(url=store.url, reason="timeout")
+
+        monkeypatch.setattr(store, "read", fail)
+        with pytest.raises(StoreUnavailable):
+            await archive.history(DISK)
+        with pytest.raises(StoreUnavailable):
+            await archive.last_segment(DISK, 1)
+        with pytest.raises(StoreUnavailable):
+            await archive.read_vault()
+
+    async def test_an_append_that_fails_otherwise_is_told_as_it_is(
+        self, archive: DiskArchive, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def fail(name: str, parts: object) -> None:
+            raise StoreFull(url=store.url, reason="no space")
+
+        monkeypatch.setattr(store, "create", fail)
+        with pytest.raises(StoreFull):
+            await append(archive, SegmentWriter(make_grant()).segment())
+
+    async def test_no_more_reads_than_allowed_run_at_once(
+        self, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        archive = DiskArchive(store, vault=VAULT, authority=authority().public_key(), reads_at_once=3)
+        await write(archive, SegmentWriter(make_grant()), 12)
+        read, running, most = store.read, 0, 0
+
+        async def counted(name: str, **options: int) -> bytes:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0)
+            running -= 1
+            return await read(name, **options)
+
+        monkeypatch.setattr(store, "read", counted)
+        assert (await archive.history(DISK)).head == Position(epoch=1, sequence=24)
+        assert most == 3
+
+    async def test_a_segment_that_is_gone_when_it_is_read_is_missing(
+        self, archive: DiskArchive, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        written = await write(archive, SegmentWriter(make_grant()), 2)
+
+        async def gone(name: str, **_: object) -> bytes:
+            raise ObjectNotFound(url=store.url, name=name)
+
+        monkeypatch.setattr(store, "read", gone)
+        history = await archive.history(DISK)
+        assert {type(fault) for fault in history.damage} == {SegmentMissing}
+        assert history.damage[0].fields["name"] == str(written[0].end.name)
+
+    async def test_too_much_is_not_read_at_once(self, archive: DiskArchive, monkeypatch: pytest.MonkeyPatch) -> None:
+        await write(archive, SegmentWriter(make_grant()), 1)
+        [segment] = (await archive.history(DISK)).segments
+        monkeypatch.setattr("storage.disk_archive.READ_BYTES_MAX", 4096)
+        with pytest.raises(InvalidValue):
+            await archive.read_frames(segment, 0, 2)
 
 
 class TestVault:

@@ -119,6 +119,11 @@ def test_a_recovery_key_file_with_a_passphrase_opens_with_it_alone() -> None:
         parse_recovery_key(data, path="k", passphrase=None)
 
 
+def test_a_passphrase_is_the_same_however_its_letters_are_composed() -> None:
+    data = serialise_recovery_key(new_vault().recovery_keys[0], passphrase="Zu\u0308rich")
+    assert parse_recovery_key(data, path="k", passphrase="Z\u00fcrich").label == "first"
+
+
 def test_what_a_passphrase_protects_cannot_be_pointed_at_another_authority() -> None:
     fields = json.loads(serialise_recovery_key(new_vault().recovery_keys[0], passphrase="p"))
     fields["authority_fingerprint"] = "0" * 64
