@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -106,12 +106,15 @@ class DiskReplication:
         identity: DiskIdentity,
         pace: DiskPace,
         ports: DiskPorts,
+        on_changed: Callable[[], None] = lambda: None,
     ) -> None:
+        """on_changed: called when there is news that operators want at once."""
         self.disk = disk
         self.path = path
         self._identity = identity
         self._pace = pace
         self._ports = ports
+        self._on_changed = on_changed
         self._state = State.UNOPENED
         self._happenings: deque[_Happening] = deque()
         self._wake = asyncio.Event()
@@ -243,6 +246,7 @@ class DiskReplication:
         transition = decide(self._state, happening.event)
         if transition.state is not self._state:
             log.info("disk", disk=self.disk, path=self.path, state=transition.state.value, cause=happening.event.value)
+            self._on_changed()
         self._state = transition.state
         if happening.error is not None:
             self._error = happening.error

@@ -273,7 +273,12 @@ class AgentService:
         address: ProcessServerAddress,
     ) -> None:
         replication = DiskReplication(
-            disk=disk, path=entry.path, identity=entry.identity, pace=_pace(order), ports=self._ports
+            disk=disk,
+            path=entry.path,
+            identity=entry.identity,
+            pace=_pace(order),
+            ports=self._ports,
+            on_changed=self._report_wanted.set,
         )
         link = self._links.get(address)
         if link is None:
@@ -442,7 +447,7 @@ class AgentService:
     def _is_revoked(self, certificate_serial: str) -> bool:
         if self._orders is None or not certificate_serial:
             return False
-        return f"{int(certificate_serial, 16):x}" in self._orders.revoked.serials
+        return certificate_serial.upper() in self._orders.revoked.serials
 
 
 def _pace(order: DiskOrder) -> DiskPace:
