@@ -327,6 +327,15 @@ class TestDamage:
         with pytest.raises(ObjectCorrupt, match="does not follow"):
             await archive.last_segment(DISK, 1)
 
+    async def test_a_signed_segment_that_skips_a_change_set_is_refused(self, archive: DiskArchive) -> None:
+        writer = SegmentWriter(make_grant())
+        await write(archive, writer, 1)
+        writer.sequence += 1
+        [skipping] = await write(archive, writer, 1)
+        history = await archive.history(DISK)
+        assert [fault.fields["name"] for fault in history.damage] == [str(skipping.end.name)]
+        assert history.head == Position(epoch=1, sequence=2)
+
     async def test_an_epoch_that_nobody_named_as_the_successor_is_refused(self, archive: DiskArchive) -> None:
         first = SegmentWriter(make_grant())
         await write(archive, first, 2)

@@ -232,6 +232,16 @@ def test_a_trailer_that_states_impossible_lengths_is_refused_before_anything_is_
                 assert trailer.header_bytes + trailer.index_bytes + TRAILER_BYTES <= object_bytes
 
 
+def test_a_signed_segment_with_room_between_frames_and_index_is_refused() -> None:
+    written = three_change_sets()
+    place = len(written.data) - len(written.end.end)
+    data = bytearray(written.data[:place] + bytes(8) + written.data[place:])
+    struct.pack_into("<QQ", data, len(data) - TRAILER_BYTES + 28, place + 8, len(data))
+    data[-TRAILER_BYTES:] = resigned_trailer(bytes(data), written)
+    with pytest.raises(ObjectCorrupt, match="do not fill the space"):
+        verify(bytes(data), written.end.name)
+
+
 def test_a_segment_without_frames_is_not_made_nor_a_closing_one_with_them() -> None:
     written = three_change_sets()
     with pytest.raises(InvalidValue, match="closing"):
