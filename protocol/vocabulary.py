@@ -159,7 +159,9 @@ def check_extent_table(table: ExtentTable, *, raw_bytes: int, disk_size_bytes: i
     if int(kinds.max()) > max(ChangeKind) or table["reserved"].any():
         raise InvalidValue(what="extent kind", value=int(kinds.max()), rule="must be a known kind, reserved bytes zero")
     if int(lengths.min()) < 1 or int(lengths.max()) > EXTENT_LENGTH_BYTES_MAX:
-        raise InvalidValue(what="extent length", value=int(lengths.min()), rule=f"must be 1 to {EXTENT_LENGTH_BYTES_MAX}")
+        raise InvalidValue(
+            what="extent length", value=int(lengths.min()), rule=f"must be 1 to {EXTENT_LENGTH_BYTES_MAX}"
+        )
     offsets = table["offset"]
     limit = DISK_SIZE_BYTES_MAX if disk_size_bytes is None else disk_size_bytes
     if int(offsets.max()) > limit or int((offsets + lengths).max()) > limit:
