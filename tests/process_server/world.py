@@ -58,6 +58,7 @@ from storage.backends.object_store import ObjectStore
 from storage.disk_archive import DiskArchive, create_vault_object
 from storage.keys import create_vault, unwrap_vault_key
 from storage.sealing import FrameOpener
+from tests.process_server.memory_store import MemoryStore
 
 VAULT = VaultId("aa" * 16)
 MACHINE = MachineId("bb" * 16)
@@ -308,6 +309,8 @@ class World:
     def __post_init__(self) -> None:
         self.vault = create_vault(vault=VAULT, created_ns=1, recovery_labels=("one", "two"))
         self.store: ObjectStore = LocalDirectoryStore(self.path / "store", create=True)
+        self.memory = MemoryStore()
+        """The store, once a test says so."""
         self.cache: DurableDirectory = LocalDirectory(self.path / "cache")
         self.state: DurableDirectory = LocalDirectory(self.path / "state")
         self.identity = PeerIdentity(vault=VAULT, role=Role.PROCESS_SERVER, identifier=SERVER)
