@@ -176,6 +176,13 @@ def open_local_disk(path: str, expected: DiskIdentity | None) -> SourceDisk:
     return LocalDisk(path, expected=expected)
 
 
+def identify(path: str, expected: DiskIdentity | None) -> DiskIdentity:
+    """The identity of the disk at `path`. Raises a DiskFault."""
+    disk = LocalDisk(path, expected=expected)
+    disk.close()
+    return disk.identity
+
+
 def _open(path: str) -> tuple[int, bool]:
     """(descriptor, whether it is a block device). Raises a DiskFault."""
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from protocol.errors import LocalFault, ReplicationError
+from protocol.errors import LocalFault, RefusedByPeer, ReplicationError
 
 
 class DiskFault(LocalFault):
@@ -99,13 +99,6 @@ class AlreadyEnrolled(LocalFault):
     hint = "Use another --dir, or remove that directory to enrol this machine anew."
 
 
-class StateDirectoryInUse(LocalFault):
-    """Fields: directory."""
-
-    code = "state-directory-in-use"
-    message = "another agent runs with {directory}"
-
-
 class AgentNotRunning(LocalFault):
     """Fields: directory."""
 
@@ -122,14 +115,6 @@ class CacheLost(ReplicationError):
     message = "disk {disk}: {acknowledged} was acknowledged but only {durable} is durable; continuing in a new epoch"
 
 
-class SessionBroken(LocalFault):
-    """Sending failed because the connection ended meanwhile. Fields: reason."""
-
-    code = "session-broken"
-    is_retryable = True
-    message = "session ended: {reason}"
-
-
 class NotProtected(LocalFault):
     """Fields: path."""
 
@@ -144,3 +129,13 @@ class DefectMet(LocalFault):
     code = "defect-met"
     message = "a defect in Farpoint was met: {reason}"
     hint = "Report it with the agent's log."
+
+
+class RefusedByAgent(RefusedByPeer):
+    """The running agent did not do what the command line asked. Fields: peer_code, detail, retryable, agent_hint."""
+
+    message = "{detail}"
+
+    @property
+    def hint(self) -> str:  # type: ignore[override]
+        return str(self.fields["agent_hint"])

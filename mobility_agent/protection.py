@@ -52,6 +52,14 @@ class Protection(BaseModel):
     def without(self, path: str) -> Protection:
         return Protection(disks=tuple(disk for disk in self.disks if disk.path != path))
 
+    def protecting(self, path: str, identity: DiskIdentity) -> Protection:
+        """With the disk at `path` protected; the same where it is already."""
+        known = self.at(path)
+        if known is not None and known.release is None:
+            return self
+        disk = None if known is None else known.disk
+        return self.having(ProtectedDisk(path=path, identity=identity, disk=disk))
+
     def releasing(self, path: str, release: Release) -> Protection:
         """Raises NotProtected."""
         found = self.at(path)

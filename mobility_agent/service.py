@@ -160,10 +160,9 @@ class AgentService:
             known = protection.at(path)
             expected = None if known is None else known.identity
             identity = await blocking(self._executor, lambda: _identify(self._open_source, path, expected))
-            if known is not None and known.release is None:
-                return
-            disk = None if known is None else known.disk
-            await self._save(protection.having(ProtectedDisk(path=path, identity=identity, disk=disk)))
+            wanted = protection.protecting(path, identity)
+            if wanted is not protection:
+                await self._save(wanted)
 
     async def unprotect(self, path: str, *, keep: bool) -> None:
         """Durably intends to end the protection of `path`; keep: its recovery points stay. Raises NotProtected."""

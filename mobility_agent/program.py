@@ -1,0 +1,123 @@
+"""The agent as a program: the service with production's ports, its socket, its endpoint, its certificate's renewal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from prometheus_client import CollectorRegistry
+
+from mobility_agent.blocking import blocking
+from mobility_agent.control_socket import control_socket
+from mobility_agent.disk_reader import open_local_disk
+from mobility_agent.enrollment import CertificateRenewal, read_identity
+from mobility_agent.machine_facts import this_machine
+from mobility_agent.metrics import AgentMetrics
+from mobility_agent.service import AgentService
+from mobility_agent.settings import AgentSettings
+from protocol.control import AgentOrders, ProcessServerAddress
+from protocol.enrollment import AUTHORITY_FILE, CREDENTIALS_FILE
+from protocol.transport import channel, tls
+from protocol.transport.control_client import AgentControlClient
+from runtime.clock import SystemClock
+from runtime.local_directory import LocalDirectory
+from runtime.locks import exclusive_lock
+from runtime.metrics import register_process_metrics
+from runtime.observability import observability_endpoint
+from runtime.service import StopSignal, notify_ready
+
+PROGRAM: Final = "mobility-agent"
+LOCK_FILE: Final = ".lock"
+
+
+class AgentProgram:
+    """`run_service(AgentProgram(settings).run)`. Raises NotEnrolled, StateLocked, AddressTaken."""
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self._settings = settings
+        self._path = settings.state_directory
+
+    async def run(self, stop: StopSignal) -> None:
+        """Until `stop`. SIGUSR1 begins a round of every disk at once."""
+        with (
+            exclusive_lock(self._path / LOCK_FILE),
+            ThreadPoolExecutor(self._settings.worker_threads, thread_name_prefix="disk") as executor,
+        ):
+            directory = LocalDirectory(self._path)
+            identity = read_identity(directory)
+            clock = SystemClock()
+            async with AgentControlClient(
+                server_url=identity.server_url,
+                authority_pem=directory.read(AUTHORITY_FILE),
+                credentials_path=str(self._path / CREDENTIALS_FILE),
+            ) as control:
+                renewal = CertificateRenewal(
+                    directory=directory,
+                    control=control,
+                    clock=clock,
+                    executor=executor,
+                    name=identity.name,
+                    renew_after_seconds=self._settings.renew_after_seconds,
+                )
+
+                def on_orders(orders: AgentOrders) -> None:
+                    if orders.renew_certificate:
+                        renewal.order()
+
+                service = AgentService(
+                    directory=directory,
+                    open_source=open_local_disk,
+                    connect=_Connector(self._path, executor),
+                    control=control,
+                    clock=clock,
+                    draw_random=os.urandom,
+                    executor=executor,
+                    limits=self._settings.limits(),
+                    machine=this_machine(),
+                    on_orders=on_orders,
+                )
+                await self._serve(service, renewal, stop)
+
+    async def _serve(self, service: AgentService, renewal: CertificateRenewal, stop: StopSignal) -> None:
+        registry = CollectorRegistry()
+        register_process_metrics(registry, program=PROGRAM)
+        AgentMetrics(registry, service)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGUSR1, service.scan_now)
+        try:
+            async with (
+                observability_endpoint(self._settings.observability, registry=registry, readiness=service.readiness),
+                asyncio.TaskGroup() as group,
+                control_socket(self._path, service, group),
+            ):
+                side_tasks = [group.create_task(renewal.run()), group.create_task(_stop_on(stop, service))]
+                notify_ready()
+                try:
+                    await service.run()
+                finally:
+                    for task in side_tasks:
+                        task.cancel()
+        finally:
+            loop.remove_signal_handler(signal.SIGUSR1)
+
+
+class _Connector:
+    """Connects with the certificate of the moment: a renewed one is used from the next connection on."""
+
+    def __init__(self, path: Path, executor: ThreadPoolExecutor) -> None:
+        self._path = path
+        self._executor = executor
+
+    async def __call__(self, address: ProcessServerAddress) -> channel.Channel:
+        credentials, authority = self._path / CREDENTIALS_FILE, self._path / AUTHORITY_FILE
+        context = await blocking(self._executor, lambda: tls.client_context(credentials, credentials, authority))
+        return await channel.connect(address.host, address.port, tls=context)
+
+
+async def _stop_on(stop: StopSignal, service: AgentService) -> None:
+    await stop.wait()
+    service.stop()

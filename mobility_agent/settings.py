@@ -1,0 +1,46 @@
+"""What an operator may set for the mobility agent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final
+
+from pydantic import Field
+
+from mobility_agent.service import AgentLimits
+from protocol.vocabulary import CHANGE_SET_RAW_BYTES_MAX, FRAME_RAW_BYTES_MAX
+from runtime.logs import LogSettings
+from runtime.observability import ObservabilitySettings
+from runtime.settings import Settings
+from runtime.units import Bytes, Seconds
+
+DEFAULT_STATE_DIRECTORY: Final = Path("/var/lib/farpoint/mobility-agent")
+DEFAULT_OBSERVABILITY_ADDRESS: Final = "127.0.0.1:9464"
+
+
+class AgentSettings(Settings):
+    """Seconds and bytes where the name says so."""
+
+    state_directory: Path = DEFAULT_STATE_DIRECTORY
+    change_set_bytes: Annotated[Bytes, Field(ge=FRAME_RAW_BYTES_MAX, le=CHANGE_SET_RAW_BYTES_MAX)] = 8 * 2**20
+    """Raw data per change set of a copy-in."""
+    frame_buffers: Annotated[int, Field(ge=2, le=256)] = 12
+    """Of 1 MiB each: what the agent holds of its disks' data in memory, over all disks."""
+    worker_threads: Annotated[int, Field(ge=1, le=64)] = 2
+    compress: bool = False
+    """Compress with zstd here rather than at the process server: less network, more CPU on the source."""
+    reconnect_seconds_max: Annotated[Seconds, Field(ge=1, le=600)] = 30.0
+    progress_seconds_max: Annotated[Seconds, Field(ge=1, le=3600)] = 120.0
+    renew_after_seconds: Annotated[Seconds, Field(ge=1, le=13 * 86400)] = 86400.0
+    """The age at which the agent renews its certificate."""
+    log: LogSettings = LogSettings()
+    observability: ObservabilitySettings = ObservabilitySettings(address=DEFAULT_OBSERVABILITY_ADDRESS)
+
+    def limits(self) -> AgentLimits:
+        return AgentLimits(
+            change_set_raw_bytes=self.change_set_bytes,
+            frame_buffers=self.frame_buffers,
+            reconnect_seconds_max=self.reconnect_seconds_max,
+            progress_seconds_max=self.progress_seconds_max,
+            compress_at_agent=self.compress,
+        )
