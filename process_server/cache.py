@@ -20,6 +20,7 @@ import structlog
 
 from process_server.cache_files import CacheFiles, ScannedFile
 from process_server.cache_log import (
+    BLOCK_BYTES,
     NO_DISK,
     CacheRecord,
     Location,
@@ -27,14 +28,19 @@ from process_server.cache_log import (
     batch_bytes,
     cache_record,
     file_name,
+    padded,
 )
 from process_server.cache_records import DiskCheckpoint, encode_checkpoint, encode_file_ends
 from process_server.errors import CacheFull, CacheUnwritable
 from process_server.metrics import ProcessServerMetrics
 from runtime.directory import DurableDirectory
+from storage.frame_record import RECORD_BYTES_MAX
 
 WRITE_PAUSE_SECONDS_FIRST: Final = 0.1
 WRITE_PAUSE_SECONDS_MAX: Final = 10.0
+
+FILE_END_BYTES: Final = padded(RECORD_BYTES_MAX + BLOCK_BYTES)
+"""A record that does not fit leaves so much of a file unused, at most."""
 
 Result = TypeVar("Result")
 
@@ -94,10 +100,18 @@ class Cache:
         return self._bytes_max
 
     def room_bytes(self) -> int:
-        """What frames may still take: never the last file's worth, which closes and commits what is here."""
+        """What frames may still take: never the last file's worth, which closes and commits what is here.
+
+        Told on the low side: the end of a file, where the next frame does not fit, is room for nobody.
+        """
         free_files = max(0, self._bytes_max - self.used_bytes) // self._file_bytes
         active_bytes = self._active.size_bytes - self._active.end_bytes if self._active and free_files else 0
-        return max(0, free_files - 1) * self._file_bytes + active_bytes
+        usable_bytes = max(self._file_bytes - FILE_END_BYTES, self._file_bytes // 2)
+        return max(0, free_files - 1) * usable_bytes + max(0, active_bytes - FILE_END_BYTES)
+
+    def active_bytes(self) -> int:
+        """What still fits into the file that is being written."""
+        return self._active.size_bytes - self._active.end_bytes if self._active else 0
 
     def hold(self, file_number: int) -> None:
         """A segment that is not committed has bytes in this file."""

@@ -144,7 +144,7 @@ class CacheWriter:
         """The next batch: the first item as soon as it is ready, and all that are ready behind it."""
         batch: list[tuple[CacheItem, Sequence[CacheRecord]]] = []
         has_frames = False
-        payload_bytes = rows = 0
+        payload_bytes = rows = first_bytes = 0
         while len(batch) < BATCH_ITEMS_MAX:
             if self._head is None and not await self._take_head(may_wait=not batch):
                 break
@@ -152,7 +152,8 @@ class CacheWriter:
             item, records = self._head
             added_bytes = sum(record.payload_bytes for record in records)
             length = padded(HEADER_BYTES + ROW_BYTES * (rows + len(records)) + payload_bytes + added_bytes)
-            if records and rows and length > BATCH_BYTES_MAX:
+            if records and rows and length > min(BATCH_BYTES_MAX, max(self._cache.active_bytes(), first_bytes)):
+                # why: a batch ends where its file does; what came first may begin the next file.
                 break
             with_frames = has_frames or item.is_frame
             if records and not self._cache.fits(length, has_frames=with_frames):
@@ -165,6 +166,7 @@ class CacheWriter:
             if records:
                 item.placed()
                 has_frames = with_frames
+                first_bytes = first_bytes or length
                 rows += len(records)
                 payload_bytes = payload_bytes + added_bytes
             batch.append((item, records))

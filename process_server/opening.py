@@ -20,7 +20,7 @@ from process_server.core.disk_lifecycle import DiskState
 from process_server.core.epochs import AskedEpoch, EpochStep, KnownEpoch, choose_epoch
 from process_server.core.intake import GrantedDisk, check_peer
 from process_server.disk_history import DiskHistory, Holder
-from process_server.errors import DiskNotReady, DiskOpenedElsewhere, DiskTakenOver, EpochNotCommitted
+from process_server.errors import CacheFull, DiskNotReady, DiskOpenedElsewhere, DiskTakenOver, EpochNotCommitted
 from process_server.grants import GrantBook, HeldGrant
 from process_server.uploader import Uploader
 from protocol.errors import NoGrant
@@ -46,6 +46,7 @@ class DiskOpener:
         signing_key: Ed25519PrivateKey,
         vault_public_key: Callable[[], Awaitable[X25519PublicKey]],
         history_of: Callable[[DiskId], DiskHistory],
+        has_room: Callable[[], bool],
     ) -> None:
         self._archive = archive
         self._writer = writer
@@ -53,15 +54,19 @@ class DiskOpener:
         self._grants = grants
         self._signing_key = signing_key
         self._history_of = history_of
+        self._has_room = has_room
         self._locks: dict[DiskId, asyncio.Lock] = {}
         self._vault_public_key = vault_public_key
 
     async def open(self, request: OpenDisk, peer: PeerIdentity, holder: Holder) -> tuple[DiskHistory, DiskOpened]:
         """The disk is the holder's on return. What the answer says is durable.
 
-        Raises NoGrant, NotPermitted, StaleEpoch, DiskStopped, DiskTakenOver, EpochNotCommitted, StoreFault, VaultFault.
+        Raises CacheFull, NoGrant, NotPermitted, StaleEpoch, DiskStopped, DiskTakenOver, EpochNotCommitted, StoreFault,
+        VaultFault.
         """
         granted = self._check_permission(request, peer)
+        if not self._has_room():
+            raise CacheFull(name="its change sets", reason="uploads do not keep up")
         async with self._locks.setdefault(request.disk, asyncio.Lock()):
             history = self._history_of(request.disk)
             history.take_over(DiskOpenedElsewhere(disk=request.disk))

@@ -135,6 +135,7 @@ class ProcessServer:
             signing_key=ports.signing_key,
             vault_public_key=VaultKey(ports.archive, ports.state, ports.cache_executor).get,
             history_of=self._history,
+            has_room=lambda: self._cache.room_bytes() > 0,
         )
         self._reporter = self._make_reporter()
         self._receiver_tools = ReceiverTools(

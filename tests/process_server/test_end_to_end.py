@@ -36,6 +36,7 @@ from tests.process_server.world import (
     RunningServer,
     ScriptedAgent,
     World,
+    eventually,
 )
 
 MEBIBYTE = 2**20
@@ -134,9 +135,9 @@ async def test_a_lost_reply_of_the_store_is_settled_by_comparing_trailers(world:
 
 async def test_after_kill_what_was_acknowledged_is_still_there_and_the_epoch_goes_on(world: World) -> None:
     expected = bytearray(DISK_BYTES)
-    world.memory.is_away = True
     async with world.running() as running:
         agent = await opened_agent(running)
+        world.memory.is_away = True
         for sequence in range(1, 9):
             await send(agent, expected, sequence)
         await agent.until_durable(8)
@@ -445,8 +446,8 @@ async def test_a_committed_point_is_reported_until_the_report_is_answered(world:
         await running.kill()
     world.control.is_away = False
     async with world.running() as running:
-        await running.server._reporter.report_once()
-        assert world.control.points().count(POINT) >= 1
+        await eventually(lambda: POINT in world.control.points())
+        await eventually(lambda: not running.server._history(DISK).unreported_points)
         world.control.reports.clear()
         await running.server._reporter.report_once()
         assert POINT not in world.control.points()
@@ -463,7 +464,6 @@ async def test_a_point_is_not_reported_before_it_is_committed(world: World) -> N
         assert world.control.points() == []
         world.memory.is_away = False
         await agent.until_committed(1)
-        await running.server._reporter.report_once()
     assert POINT in world.control.points()
 
 
@@ -480,9 +480,8 @@ async def test_orders_to_publish_are_carried_out_once_and_reported_as_completed(
     world.control.orders.append(PublishPoint(order=order, point=POINT, record=signed))
     world.control.change()
     async with world.running() as running:
-        await running.server._reporter.report_once()
-        while not any(order in report.completed_orders for report in world.control.reports):
-            await running.server._reporter.report_once()
+        await eventually(lambda: any(order in report.completed_orders for report in world.control.reports))
+        assert not running.server.not_ready()
     points = await world.archive.list_points()
     assert points.records == (record,)
     assert sum(name.endswith(".point") for name in world.memory.create_attempts) == 1
@@ -560,7 +559,7 @@ def is_starved(running: RunningServer, agent: ScriptedAgent) -> bool:
 async def test_small_frames_without_room_break_the_disk_off_and_lose_nothing(world: World) -> None:
     """Small frames are padded to blocks of 4 KiB, so that credit in bytes cannot foresee what they take."""
     world.limits = dataclasses.replace(
-        SMALL, cache_bytes_max=4 * 65536 * 8, cache_file_bytes=65536 * 8, segment_age_seconds_max=0.05
+        SMALL, cache_bytes_max=4 * MEBIBYTE, cache_file_bytes=MEBIBYTE, segment_age_seconds_max=0.5
     )
     expected = bytearray(DISK_BYTES)
     async with world.running() as running:
@@ -570,13 +569,14 @@ async def test_small_frames_without_room_break_the_disk_off_and_lose_nothing(wor
         while 1 not in agent.closed and sequence < 2000:
             sequence += 1
             await agent.send_change_set(sequence, {sequence * 512: bytes([sequence % 255 + 1]) * 512})
-            await agent.until(lambda: 1 in agent.closed or positions_durable(agent) >= sequence)
+            await agent.until(lambda last=sequence: 1 in agent.closed or positions_durable(agent) >= last)
         assert agent.closed[1].code == "cache-full"
         durable = positions_durable(agent)
         assert running.server._cache.used_bytes <= world.limits.cache_bytes_max
         for number in range(1, durable + 1):
             expected[number * 512 : number * 512 + 512] = bytes([number % 255 + 1]) * 512
         world.memory.is_away = False
+        await eventually(lambda: running.server._cache.room_bytes() > 0)
         assert (await agent.open(2, epoch=1, acknowledged=durable)).durable_sequence == durable
         await agent.send_change_set(durable + 1, {0: b"z" * 512}, channel=2)
         expected[:512] = b"z" * 512

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,7 +16,13 @@ from typing_extensions import Buffer
 from process_server.grants import save_grants
 from process_server.service import ProcessServer, ProcessServerPorts
 from process_server.settings import ProcessServerLimits
-from protocol.control import CertificateBundle, ProcessServerOrder, ProcessServerOrders, ProcessServerReport, RevocationList
+from protocol.control import (
+    CertificateBundle,
+    ProcessServerOrder,
+    ProcessServerOrders,
+    ProcessServerReport,
+    RevocationList,
+)
 from protocol.control_errors import ServerUnreachable
 from protocol.errors import ConnectionLost
 from protocol.messages import (
@@ -79,6 +85,13 @@ SMALL = ProcessServerLimits(
     report_seconds=0.5,
     stop_seconds_max=10.0,
 )
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Returns once the condition holds; for what nobody is told about."""
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 class MemoryChannel:
@@ -169,10 +182,9 @@ class ScriptedAgent:
             case Welcome() | Credit() | None:
                 pass
 
-    async def until(self, condition: object) -> None:
-        assert callable(condition)
+    async def until(self, condition: Callable[[], object]) -> None:
         async with asyncio.timeout(WAIT_SECONDS), self._changed:
-            await self._changed.wait_for(lambda: bool(condition()))
+            await self._changed.wait_for(condition)
 
     async def send(self, message: Message, body: Sequence[Buffer] = ()) -> None:
         self.session.check_send(message)
@@ -261,6 +273,7 @@ class ScriptedControl:
         self._changed.set()
 
     async def report(self, report: ProcessServerReport) -> ProcessServerOrders:
+        await asyncio.sleep(0)
         self._check()
         self.reports.append(report)
         done = set(report.completed_orders)
@@ -325,7 +338,9 @@ class World:
         await create_vault_object(self.store, VAULT, self.vault.vault_json)
         self.grant(1), self.grant(2)
 
-    def grant(self, epoch: int, *, disk: DiskId = DISK, parent: int | None = None, machine: MachineId = MACHINE) -> None:
+    def grant(
+        self, epoch: int, *, disk: DiskId = DISK, parent: int | None = None, machine: MachineId = MACHINE
+    ) -> None:
         self.control.grants.append(self.sign(epoch, disk=disk, parent=parent, machine=machine)[1])
         self.control.change()
 
