@@ -282,9 +282,16 @@ class AgentConnection:
         self._queue(CloseDisk.from_error(number, error))
 
     async def _send(self) -> None:
+        loop = asyncio.get_running_loop()
         tick_seconds = min(TICK_SECONDS_MAX, self._tools.idle_seconds_max / TICKS_PER_IDLE)
+        # why: a pause that began anew at every wakeup would never end on a busy connection, and no point would be dated
+        next_tick_seconds = loop.time() + tick_seconds
         while True:
             self._wakeup.clear()
+            if loop.time() >= next_tick_seconds:
+                next_tick_seconds = loop.time() + tick_seconds
+                if self._is_greeted:
+                    self._queue(Tick(instant_ns=self._tools.instant_ns()))
             if self._is_greeted:
                 await self._send_what_is_due()
             if self._ending is not None:
@@ -292,11 +299,10 @@ class AgentConnection:
             if self._wakeup.is_set():
                 continue
             try:
-                async with asyncio.timeout(tick_seconds):
+                async with asyncio.timeout_at(next_tick_seconds):
                     await self._wakeup.wait()
             except TimeoutError:
-                if self._is_greeted:
-                    self._queue(Tick(instant_ns=self._tools.instant_ns()))
+                continue
 
     async def _send_what_is_due(self) -> None:
         while self._outgoing:
