@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from farpoint.demo.command import demo_command
 from farpoint.listing_commands import disks_command, machines_command, points_command, process_servers_command
 from farpoint.recover_command import recover_command
 from farpoint.settings import PROGRAM, FarpointSettings
@@ -28,6 +29,7 @@ for command in (
     disks_command,
     points_command,
     recover_command,
+    demo_command,
     config_commands(FarpointSettings, PROGRAM),
 ):
     main.add_command(command)

@@ -1,4 +1,4 @@
-"""Starts the demo's programs as processes of their own, watches them, and ends every one of them, however the demo ends.
+"""Starts the demo's programs as processes of their own, watches them, and ends all of them, however the demo ends.
 
 Each writes its log to a file; when one ends unasked, its last lines say why.
 """
@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, NoReturn, Self
@@ -95,7 +95,8 @@ class Programs:
     async def start(self, package: str, *arguments: object) -> Program:
         """Starts `python -m package arguments…`."""
         log_path = self._log_directory / f"{package.replace('_', '-')}.log"
-        with open(log_path, "ab") as log:
+        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
             process = await asyncio.create_subprocess_exec(
                 *_command(package, arguments),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -104,12 +105,19 @@ class Programs:
                 # why: Ctrl-C goes to the demo alone, which ends the others in order
                 start_new_session=True,
             )
+        finally:
+            os.close(log)
         program = Program(package.replace("_", "-"), process, log_path)
         self._running.append(program)
         return program
 
-    async def call(self, package: str, *arguments: object) -> bytes:
-        """Runs `python -m package arguments…` to its end; what it wrote to stdout. Raises ProgramEnded."""
+    async def call(
+        self, package: str, *arguments: object, on_line: Callable[[bytes], None] | None = None
+    ) -> list[bytes]:
+        """Runs `python -m package arguments…` to its end; the lines of its stdout, each told as it comes.
+
+        Raises ProgramEnded, with its last words, unless it ended well.
+        """
         process = await asyncio.create_subprocess_exec(
             *_command(package, arguments),
             stdin=asyncio.subprocess.DEVNULL,
@@ -117,25 +125,40 @@ class Programs:
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
         )
+        lines: list[bytes] = []
+        assert process.stdout is not None
+        assert process.stderr is not None
         try:
-            written, errors = await process.communicate()
-        except asyncio.CancelledError:
-            process.kill()
+            async with asyncio.TaskGroup() as group:
+                reading = group.create_task(process.stderr.read())
+                async for line in process.stdout:
+                    lines.append(line)
+                    if on_line is not None:
+                        on_line(line)
             await process.wait()
-            raise
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        errors = reading.result()
         if process.returncode != ExitCode.OK:
             name = f"{package.replace('_', '-')} {arguments[0]}"
             log = "\n".join(f"  {line}" for line in errors.decode(errors="replace").splitlines()[-LAST_LINES:])
             raise ProgramEnded(program=name, status=process.returncode, log=log)
-        return written
+        return lines
+
+    async def stop(self, program: Program) -> None:
+        """Ends it in order. Raises ProgramEnded unless that took less than STOP_SECONDS_MAX and went well."""
+        self.check()
+        status = await program.stop()
+        if status != ExitCode.OK:
+            raise ProgramEnded(program=program.name, status=status, log=program.last_lines())
 
     def check(self) -> None:
         """Raises ProgramEnded if a program has ended that was not asked to."""
         for program in self._running:
             if program.process.returncode is not None and not program.is_stopping:
-                raise ProgramEnded(
-                    program=program.name, status=program.process.returncode, log=program.last_lines()
-                )
+                raise ProgramEnded(program=program.name, status=program.process.returncode, log=program.last_lines())
 
     def give_up(self, what: str, seconds: float) -> NoReturn:
         """Raises DemoTookTooLong with what all programs said last."""

@@ -1,0 +1,255 @@
+"""The demo's line: one vault, a configuration server, a process server and a mobility agent, each a process of its own.
+
+Everything goes through the programs' own command lines and the operator's API, as an operator would do it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+from farpoint.demo.measures import Counts, counted
+from farpoint.demo.programs import HOST, Program, Programs, free_port
+from protocol.control_errors import ServerUnreachable
+from protocol.operator_messages import DiskStatus, RecoveryPointStatus
+from protocol.transport.control_client import OperatorClient
+from protocol.vocabulary import DiskId
+
+Result = TypeVar("Result")
+
+DATA_PORT: Final = 9443
+CONTROL_PORT: Final = 8443
+OBSERVABILITY_PORT: Final = 9464
+START_SECONDS_MAX: Final = 30.0
+POINT_SECONDS_MAX: Final = 300.0
+POLL_SECONDS: Final = 0.1
+COPY_INTERVAL_SECONDS: Final = 2
+POINT_INTERVAL_SECONDS: Final = 1
+CACHE_BYTES_MAX: Final = 2**30
+CLOCK_SLACK_NS: Final = 10**8
+"""A tick of the server's clock may be ahead by so much of what this process reads off its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where the demo's things lie. store, keys and the images are what `--keep` keeps."""
+
+    root: Path
+
+    @property
+    def disk_image(self) -> Path:
+        return self.state / "disk.img"
+
+    @property
+    def state(self) -> Path:
+        return self.root / "state"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def store(self) -> Path:
+        return self.root / "store"
+
+    @property
+    def store_url(self) -> str:
+        return self.store.absolute().as_uri()
+
+    @property
+    def keys(self) -> Path:
+        return self.root / "keys"
+
+    @property
+    def recovery_key(self) -> Path:
+        return self.keys / "recovery-1.key"
+
+    def source(self, number: int) -> Path:
+        return self.root / f"source-{number}.img"
+
+    def recovered(self, number: int) -> Path:
+        return self.root / f"recovered-{number}.img"
+
+    def make(self) -> None:
+        for path in (self.state, self.logs, self.keys):
+            path.mkdir(mode=0o700, parents=True)
+
+
+class Line:
+    """Raised by `raise_up`, taken down by `stop`."""
+
+    def __init__(self, places: Places, programs: Programs) -> None:
+        self._places = places
+        self._programs = programs
+        self._operator: OperatorClient | None = None
+        self._running: list[Program] = []
+        taken: set[int] = set()
+        self._control_port = free_port(CONTROL_PORT, taken=taken)
+        self._data_port = free_port(DATA_PORT, taken=taken)
+        self._agent_port, self._process_server_port, self._config_server_port = (
+            free_port(OBSERVABILITY_PORT + number, taken=taken) for number in range(3)
+        )
+
+    @property
+    def server_url(self) -> str:
+        return f"https://{HOST}:{self._control_port}"
+
+    @property
+    def data_port(self) -> int:
+        return self._data_port
+
+    async def raise_up(self) -> None:
+        """Makes the vault, enrols everybody by join token, starts all three. Raises ProgramEnded, DemoTookTooLong."""
+        await self._make_vault()
+        await self._start_config_server()
+        await self._start_process_server()
+        await self._enroll("agent", "mobility_agent")
+
+    async def protect(self, image: Path) -> DiskId:
+        """Starts the agent with this image protected; the disk's identifier. Initial replication begins."""
+        directory = ("--dir", self._state("mobility-agent"))
+        await self._programs.call("mobility_agent", "protect", *directory, image)
+        self._running.append(
+            await self._programs.start(
+                "mobility_agent", "run", *directory, "--set", f"observability.address={HOST}:{self._agent_port}"
+            )
+        )
+        disks = await self._wait("the disk's registration", START_SECONDS_MAX, lambda: self._disks(), on_poll=None)
+        return disks[0].disk
+
+    async def wait_for_point(
+        self, disk: DiskId, *, after_ns: int, on_status: Callable[[DiskStatus], None]
+    ) -> RecoveryPointStatus:
+        """The first recovery point whose instant is certainly after after_ns. Raises DemoTookTooLong, ProgramEnded."""
+
+        async def look() -> RecoveryPointStatus | None:
+            listed = await self._client.points(disk=disk)
+            good = [point for point in listed.points if point.instant_ns > after_ns + CLOCK_SLACK_NS]
+            return good[-1] if good else None
+
+        async def tell() -> None:
+            on_status(await self._client.disk(disk))
+
+        return await self._wait("the recovery point", POINT_SECONDS_MAX, look, on_poll=tell)
+
+    async def scan_now(self) -> None:
+        """Lets the agent look for changes at once."""
+        await self._programs.call("mobility_agent", "scan-now", "--dir", self._state("mobility-agent"))
+
+    async def rpo_seconds(self, disk: DiskId) -> float | None:
+        return (await self._client.disk(disk)).rpo.age_seconds
+
+    async def counts(self) -> Counts:
+        """As of now."""
+        return Counts(
+            read_bytes=await counted(self._agent_port, "farpoint_agent_disk_read_bytes_total"),
+            sent_bytes=await counted(self._agent_port, "farpoint_agent_disk_sent_bytes_total"),
+            stored_bytes=await counted(self._process_server_port, "farpoint_process_server_committed_bytes_total"),
+            cpu_seconds=sum(program.cpu_seconds() for program in self._running if program.name != "config-server"),
+        )
+
+    async def stop(self) -> None:
+        """SIGTERM to all, the agent first; each must end with status 0. Raises ProgramEnded."""
+        if self._operator is not None:
+            await self._operator.close()
+        for program in reversed(self._running):
+            await self._programs.stop(program)
+
+    @property
+    def _client(self) -> OperatorClient:
+        assert self._operator is not None
+        return self._operator
+
+    def _state(self, name: str) -> Path:
+        return self._places.state / name
+
+    async def _make_vault(self) -> None:
+        keys = self._places.keys
+        await self._programs.call(
+            "farpoint",
+            *("vault", "init", "--store", self._places.store_url),
+            *("--recovery-key", self._places.recovery_key, "--recovery-key", keys / "recovery-2.key"),
+            *("--authority-key", self._places.state / "vault-authority.key"),
+        )
+
+    async def _start_config_server(self) -> None:
+        state = self._state("config-server")
+        authority_key = self._places.state / "vault-authority.key"
+        await self._programs.call("config_server", "init", "--dir", state, "--authority-key", authority_key)
+        self._running.append(
+            await self._programs.start(
+                "config_server",
+                *("run", "--dir", state, "--listen", f"{HOST}:{self._control_port}"),
+                *("--set", f"observability.address={HOST}:{self._config_server_port}"),
+                *("--set", f"copy_interval_seconds={COPY_INTERVAL_SECONDS}"),
+                *("--set", f"point_interval_seconds={POINT_INTERVAL_SECONDS}"),
+                *("--set", "heartbeat_seconds=1"),
+            )
+        )
+        self._operator = OperatorClient(
+            server_url=self.server_url,
+            authority_pem=(state / "authority.pem").read_bytes(),
+            admin_token=(state / "admin-token").read_text(),
+        )
+        await self._wait("the configuration server", START_SECONDS_MAX, self._answers, on_poll=None)
+
+    async def _start_process_server(self) -> None:
+        await self._enroll("process-server", "process_server", "--set", f"store={self._places.store_url}")
+        self._running.append(
+            await self._programs.start(
+                "process_server",
+                *("run", "--dir", self._state("process-server"), "--set", f"store={self._places.store_url}"),
+                *("--set", f"listen={HOST}:{self._data_port}", "--set", f"host={HOST}"),
+                *("--set", f"cache_bytes_max={CACHE_BYTES_MAX}"),
+                *("--set", f"observability.address={HOST}:{self._process_server_port}"),
+            )
+        )
+
+    async def _enroll(self, role: str, package: str, *more: object) -> None:
+        """A join token by the operator's command line, and its use by the newcomer."""
+        token = self._places.state / f"{role}.token"
+        state = self._state("config-server")
+        await self._programs.call(
+            "farpoint",
+            *("token", "create", "--role", role, "--output", token, "--server", self.server_url),
+            *("--ca", state / "authority.pem", "--admin-token-file", state / "admin-token"),
+        )
+        directory = self._state(package.replace("_", "-"))
+        await self._programs.call(
+            package, "enroll", "--server", self.server_url, "--token-file", token, "--dir", directory, *more
+        )
+
+    async def _answers(self) -> bool:
+        try:
+            await self._client.machines()
+        except ServerUnreachable:
+            return False
+        return True
+
+    async def _disks(self) -> tuple[DiskStatus, ...]:
+        return (await self._client.disks()).disks
+
+    async def _wait(
+        self,
+        what: str,
+        seconds: float,
+        look: Callable[[], Awaitable[Result | None]],
+        *,
+        on_poll: Callable[[], Awaitable[None]] | None,
+    ) -> Result:
+        """Looks until there is something. Raises DemoTookTooLong, or ProgramEnded as soon as a program is gone."""
+        deadline = time.monotonic() + seconds
+        while True:
+            self._programs.check()
+            found = await look()
+            if found:
+                return found
+            if on_poll is not None:
+                await on_poll()
+            if time.monotonic() > deadline:
+                self._programs.give_up(what, seconds)
+            await asyncio.sleep(POLL_SECONDS)
