@@ -195,9 +195,18 @@ class ScriptedAgent:
         await self.until(lambda: self.session.wire_version is not None)
 
     async def open(
-        self, channel: int = 1, *, disk: DiskId = DISK, epoch: int = 0, acknowledged: int = 0, wants_new: bool = False
+        self,
+        channel: int = 1,
+        *,
+        disk: DiskId = DISK,
+        epoch: int = 0,
+        acknowledged: int = 0,
+        wants_new: bool = False,
+        leave: int | None = None,
     ) -> DiskOpened:
-        """The answer; AssertionError with the refusal if there is one."""
+        """The answer; AssertionError with the refusal if there is one. leave: the channel to close before."""
+        if leave is not None:
+            await self.send(CloseDisk(channel=leave, code="leaving", detail="", is_retryable=True))
         await self.send(
             OpenDisk(
                 channel=channel,
@@ -394,7 +403,9 @@ class World:
             async with asyncio.TaskGroup() as group:
                 running = RunningServer(self, server, group)
                 running.task = group.create_task(server.run())
-                await server.wait_until_ready()
+                ready = group.create_task(server.wait_until_ready())
+                await asyncio.wait([running.task, ready], return_when=asyncio.FIRST_COMPLETED)
+                ready.cancel()
                 try:
                     yield running
                 finally:
