@@ -36,16 +36,25 @@ class PassphraseEmpty(LocalFault):
     message = "the passphrase in {path} is empty"
 
 
-class VaultHasHistory(LocalFault):
-    """Fields: path, reason."""
-
-    code = "vault-exists"
-    message = "{path}: {reason}"
-
-
 class DirectoryNotUp(LocalFault):
     """Fields: path."""
 
     code = "not-found"
     message = "{path} is no directory of `farpoint up`"
     hint = "Run `farpoint up --dir DIR` first, or give --server, --ca and --admin-token-file."
+
+
+class FirstRunCutOff(LocalFault):
+    """Fields: path."""
+
+    code = "first-run-cut-off"
+    message = "{path} holds keys, but no configuration server was made: the first run was cut off"
+    hint = "Nobody can have been enrolled yet: remove the directory of `farpoint up`, and its store, and begin again."
+
+
+class StoreChanged(LocalFault):
+    """Fields: path, known, wanted."""
+
+    code = "setting-invalid"
+    message = "{path} was made for the store {known}, not for {wanted}"
+    hint = "Leave --store out, or use another directory."

@@ -55,10 +55,10 @@ class Demo:
         await _blocking(image.make)
         await _blocking(copy_sparse, self._places.disk_image, self._places.source(1))
         async with Programs(self._places.logs) as programs:
-            line = Line(self._places, programs)
-            replicated, changes = await self._replicate(line, image)
-            notice("stopping all servers; from here on there are only the store and a key file")
-            await line.stop()
+            async with Line(self._places, programs) as line:
+                replicated, changes = await self._replicate(line, image)
+                notice("stopping all servers; from here on there are only the store and a key file")
+                await line.stop()
             recovered = [
                 await self._recover(programs, image, number, replicated.disk, point)
                 for number, point in enumerate(replicated.points, start=1)

@@ -10,7 +10,8 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from types import TracebackType
+from typing import Final, Self, TypeVar
 
 from farpoint.demo.measures import Counts, counted
 from farpoint.demo.programs import HOST, Program, Programs, free_port
@@ -80,7 +81,7 @@ class Places:
 
 
 class Line:
-    """Raised by `raise_up`, taken down by `stop`."""
+    """A context. Raised by `raise_up`, taken down by `stop`; what `stop` did not end, `Programs` does."""
 
     def __init__(self, places: Places, programs: Programs) -> None:
         self._places = places
@@ -93,6 +94,15 @@ class Line:
         self._agent_port, self._process_server_port, self._config_server_port = (
             free_port(OBSERVABILITY_PORT + number, taken=taken) for number in range(3)
         )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._operator is not None:
+            await self._operator.close()
 
     @property
     def server_url(self) -> str:
@@ -154,8 +164,6 @@ class Line:
 
     async def stop(self) -> None:
         """SIGTERM to all, the agent first; each must end with status 0. Raises ProgramEnded."""
-        if self._operator is not None:
-            await self._operator.close()
         for program in reversed(self._running):
             await self._programs.stop(program)
 

@@ -1,0 +1,135 @@
+"""`farpoint token | machines | disks | points | process-servers` against a configuration server that really runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from farpoint.__main__ import main
+from farpoint.connections import UP_FILE, UpDescription
+from farpoint.demo.programs import free_port
+from protocol.join_token import JoinToken
+from runtime.exit_codes import ExitCode
+
+START_SECONDS_MAX = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningServer:
+    url: str
+    state: Path
+
+    @property
+    def options(self) -> list[str]:
+        token, authority = self.state / "admin-token", self.state / "authority.pem"
+        return ["--server", self.url, "--ca", str(authority), "--admin-token-file", str(token)]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    directory = tmp_path_factory.mktemp("server")
+    state, key = directory / "state", directory / "authority.key"
+    keys = ("--recovery-key", directory / "one", "--recovery-key", directory / "two", "--authority-key", key)
+    assert run("vault", "init", "--store", f"file://{directory / 'store'}", *keys).exit_code == ExitCode.OK
+    program = [sys.executable, "-m", "config_server"]
+    subprocess.run([*program, "init", "--dir", state, "--authority-key", key], check=True, stdout=subprocess.DEVNULL)
+    port = free_port(18443, taken=set())
+    options = ["--dir", state, "--listen", f"127.0.0.1:{port}", "--set", "observability.address="]
+    with subprocess.Popen([*program, "run", *options], stderr=subprocess.DEVNULL) as process:
+        running = RunningServer(url=f"https://127.0.0.1:{port}", state=state)
+        deadline = time.monotonic() + START_SECONDS_MAX
+        while run("machines", *running.options).exit_code != ExitCode.OK:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+        yield running
+        process.terminate()
+        assert process.wait(timeout=30) == ExitCode.OK
+
+
+@pytest.mark.parametrize("role", ["agent", "process-server", "recovery-worker"])
+def test_a_join_token_is_printed_alone_on_stdout(server: RunningServer, role: str) -> None:
+    made = run("token", "create", "--role", role, "--expires-in", "10 min", *server.options)
+    assert made.exit_code == ExitCode.OK, made.output
+    JoinToken.parse(made.stdout.strip())
+    assert "good for one" in made.stderr
+
+
+def test_a_join_token_goes_into_a_file_of_its_own(server: RunningServer, tmp_path: Path) -> None:
+    path = tmp_path / "agent.token"
+    command = ("token", "create", "--role", "agent", "--output", path, *server.options)
+    assert run(*command).exit_code == ExitCode.OK
+    JoinToken.parse(path.read_text().strip())
+    assert path.stat().st_mode & 0o777 == 0o600
+    before = path.read_text()
+    assert run(*command).exit_code == ExitCode.FAILURE
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize("lifetime", ["soon", "0", "30 d"])
+def test_a_lifetime_that_is_none_is_wrong_usage(server: RunningServer, lifetime: str) -> None:
+    made = run("token", "create", "--role", "agent", "--expires-in", lifetime, *server.options)
+    assert made.exit_code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize("command", ["machines", "disks", "points", "process-servers"])
+def test_a_new_server_has_nothing_to_list(server: RunningServer, command: str) -> None:
+    listed = run(command, "-o", "json", *server.options)
+    assert listed.exit_code == ExitCode.OK
+    assert json.loads(listed.stdout) == []
+    assert run(command, *server.options).exit_code == ExitCode.OK
+
+
+def test_the_directory_of_up_stands_for_the_three_options(server: RunningServer, tmp_path: Path) -> None:
+    description = UpDescription(
+        server_url=server.url,
+        store_url="file:///nowhere",
+        authority_file=server.state / "authority.pem",
+        admin_token_file=server.state / "admin-token",
+    )
+    (tmp_path / UP_FILE).write_bytes(description.serialise())
+    assert run("machines", "--dir", tmp_path).exit_code == ExitCode.OK
+    assert run("machines", "--dir", tmp_path / "elsewhere").exit_code == ExitCode.NOT_FOUND
+
+
+def test_the_environment_stands_for_options_and_unknown_names_fail(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FARPOINT_SERVER", server.url)
+    monkeypatch.setenv("FARPOINT_CA", str(server.state / "authority.pem"))
+    monkeypatch.setenv("FARPOINT_ADMIN_TOKEN_FILE", str(server.state / "admin-token"))
+    assert run("machines").exit_code == ExitCode.OK
+    monkeypatch.setenv("FARPOINT_SERVR", "x")
+    refused = run("machines")
+    assert refused.exit_code == ExitCode.USAGE
+    assert "server" in refused.stderr
+
+
+def test_a_wrong_admin_token_is_not_permitted(server: RunningServer, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("wrong")
+    options = ["--server", server.url, "--ca", server.state / "authority.pem", "--admin-token-file", tmp_path / "token"]
+    assert run("machines", *options).exit_code == ExitCode.NOT_PERMITTED
+
+
+def test_what_is_missing_is_named() -> None:
+    refused = run("machines")
+    assert refused.exit_code == ExitCode.USAGE
+    assert "--server" in refused.stderr
+
+
+def test_a_server_that_is_away_is_a_failure(server: RunningServer) -> None:
+    options = ["--ca", server.state / "authority.pem", "--admin-token-file", server.state / "admin-token"]
+    away = run("machines", "--server", "https://127.0.0.1:1", *options)
+    assert away.exit_code == ExitCode.FAILURE
+    assert "cannot be reached" in away.stderr
