@@ -150,15 +150,20 @@ class Cache:
         return await self._run(lambda: self._files_io.read(kind, locations))
 
     async def remove_unused(self) -> None:
-        """Removes every file but the active one that no uncommitted segment needs. Durable on return."""
-        unused = [number for number, file in self._files.items() if not file.segments and number != self._active_number]
+        """Removes every file older than the active one that no uncommitted segment needs. Durable on return."""
+        if self._active is None:
+            # why: until a newer file's checkpoint says where the disks stand, the older ones do.
+            return
+        active = self._active_number
+        unused = [number for number, file in self._files.items() if not file.segments and number < active]
         for number in unused:
             try:
                 await self._run(partial(self._files_io.remove, number))
             except OSError as error:
                 _log.warning("cannot remove cache file", file=file_name(number), error=str(error))
                 return
-            del self._files[number]
+            # why: the housekeeper and a writer without room may both be removing.
+            self._files.pop(number, None)
         self._gauge()
 
     async def close(self) -> None:
@@ -183,11 +188,12 @@ class Cache:
         checkpoint = self._checkpoint_records()
         file_bytes = max(self._file_bytes, batch_bytes(checkpoint) + length_bytes)
         number, self._next_number = self._next_number, self._next_number + 1
-        self._active, self._active_number = None, -1
-        # why: the file counts from before it exists, so that the limit holds however its creation ends.
+        # why: the file counts from before it exists, so that the limit holds however its creation ends; and nobody may
+        # take it for unused meanwhile, or what is written and acknowledged next would go into a removed file.
+        self._active, self._active_number = None, number
         file = self._files[number] = _File(size_bytes=file_bytes, end_bytes=0)
         file.end_bytes = await self._run(lambda: self._files_io.begin(number, checkpoint, preallocate_bytes=file_bytes))
-        self._active, self._active_number = file, number
+        self._active = file
 
     def _checkpoint_records(self) -> list[CacheRecord]:
         ends = {number: file.end_bytes for number, file in self._files.items()}
@@ -206,7 +212,7 @@ class Cache:
         self.write_fault = CacheUnwritable(name=name, reason=str(error))
         self._metrics.cache_write_errors.inc()
         _log.error("cache file abandoned after an error", file=name, error=str(error))
-        self._active, self._active_number = None, -1
+        self._active = None
         try:
             await self._run(self._files_io.abandon)
             file = self._files.get(number)
@@ -222,6 +228,8 @@ class Cache:
                 _log.error("acknowledged bytes are damaged", file=name, good=found.end_bytes, durable=end_bytes)
         except OSError as reread_error:
             _log.error("cache file cannot be read back", file=name, error=str(reread_error))
+        finally:
+            self._active_number = -1
 
     def _run(self, call: Callable[[], Result]) -> asyncio.Future[Result]:
         return asyncio.get_running_loop().run_in_executor(self._executor, call)

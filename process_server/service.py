@@ -97,7 +97,7 @@ class ProcessServer:
         self.metrics = ProcessServerMetrics(ports.registry, monotonic_seconds=ports.clock.monotonic_seconds)
         self.metrics.cache_limit_bytes.set(limits.cache_bytes_max)
         self._histories: dict[DiskId, DiskHistory] = {}
-        self._connections: set[AgentConnection] = set()
+        self._connections: dict[AgentConnection, None] = {}
         self._ready = asyncio.Event()
         self._stop = asyncio.Event()
         self._server_clock = ServerClock(ports.clock)
@@ -190,11 +190,11 @@ class ProcessServer:
             connection.refuse(ServiceStopping())
         elif channel.certificate_serial in self._reporter.revoked.serials:
             connection.refuse(CertificateRefused(subject=channel.peer.uri, reason="revoked"))
-        self._connections.add(connection)
+        self._connections[connection] = None
         try:
             await connection.serve()
         finally:
-            self._connections.discard(connection)
+            del self._connections[connection]
 
     def stop(self) -> None:
         """Orderly end: no more frames are taken, what was received is made durable and acknowledged, agents get a
