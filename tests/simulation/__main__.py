@@ -7,21 +7,19 @@ violations. Exits 1 on any violation. `--trace` prints every event of every seed
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import multiprocessing
 import os
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict
 
-from tests.simulation.planted_faults import PLANTED_FAULTS, plant
-from tests.simulation.world import RunResult, run_seed
+from tests.simulation.planted_faults import PLANTED_FAULTS
+from tests.simulation.runs import results
+from tests.simulation.world import RunResult, Violation
 
-SEEDS_PER_WORKER_MAX = 200
-"""A worker is replaced then: what a run leaves behind does not pile up."""
 VIOLATIONS_SHOWN_MAX = 20
+DETAIL_CHARACTERS_MAX = 300
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,12 +29,15 @@ def main(arguments: list[str] | None = None) -> int:
     faults: Counter[str] = Counter()
     violations: list[dict[str, object]] = []
     begin = time.monotonic()
-    for done, result in enumerate(_results(seeds, options), start=1):
+    for done, result in enumerate(
+        results(seeds, options.fault, processes=1 if options.trace else options.processes, readable=options.trace),
+        start=1,
+    ):
         totals.update(events=result.events, points_recovered=result.points_recovered)
         faults.update(result.faults)
         if result.violations:
             _show_failure(result, options)
-            violations.extend(asdict(violation) for violation in result.violations)
+            violations.extend(_summary_of(violation) for violation in result.violations)
         if options.hashes:
             print(f"{result.seed} {result.trace}", file=sys.stderr)
         if done % 25 == 0 or done == len(seeds):
@@ -75,35 +76,14 @@ def _positive(text: str) -> int:
     return value
 
 
-def _results(seeds: range, options: argparse.Namespace):  # type: ignore[no-untyped-def]
-    if options.trace or options.processes == 1:
-        _prepare_worker(options.fault)
-        for seed in seeds:
-            yield run_seed(seed, readable=options.trace)
-            gc.collect()
-        return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(
-        options.processes, _prepare_worker, (options.fault,), maxtasksperchild=SEEDS_PER_WORKER_MAX
-    ) as pool:
-        yield from pool.imap(_run_in_worker, seeds)
-
-
-def _prepare_worker(fault: str | None) -> None:
-    if fault is not None:
-        plant(fault)
-    gc.collect()
-    gc.freeze()
-
-
-def _run_in_worker(seed: int) -> RunResult:
-    result = run_seed(seed)
-    gc.collect()
-    return result
+def _summary_of(violation: Violation) -> dict[str, object]:
+    fields = asdict(violation)
+    fields["detail"] = violation.detail.splitlines()[0][:DETAIL_CHARACTERS_MAX]
+    return fields
 
 
 def _show_failure(result: RunResult, options: argparse.Namespace) -> None:
-    for violation in result.violations:
+    for violation in result.violations[:VIOLATIONS_SHOWN_MAX]:
         print(
             f"seed {result.seed} at {violation.at_seconds} s: {violation.invariant}: {violation.detail}",
             file=sys.stderr,

@@ -23,6 +23,7 @@ from tests.simulation.clock import SimulatedClock
 from tests.simulation.control import SimulatedAgentControl, SimulatedProcessServerControl
 from tests.simulation.directory import SimulatedDirectory, StorageMedium
 from tests.simulation.disk import SimulatedSources
+from tests.simulation.logs import leaves_of
 from tests.simulation.process import RUNNING_PROCESS, ProcessKilled, SimulatedProcess
 from tests.simulation.store import SimulatedStore
 
@@ -273,10 +274,3 @@ class ProcessServerHost(Host):
                 await service.run()
             finally:
                 self.service, self._group = None, None
-
-
-def leaves_of(error: BaseException) -> list[BaseException]:
-    """The exceptions inside groups of groups."""
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for inner in error.exceptions for leaf in leaves_of(inner)]
-    return [error]

@@ -30,6 +30,11 @@ class Trace:
         if self._readable:
             print(line, file=sys.stderr)
 
+    def remark(self, line: str) -> None:
+        """For the reader only: no part of the hash."""
+        if self._readable:
+            print(f"{self._loop.time():.9f}   {line}", file=sys.stderr)
+
     def digest(self) -> str:
         return self._hash.hexdigest()[:32]
 

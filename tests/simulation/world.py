@@ -22,6 +22,7 @@ from tests.simulation.disk import SimulatedDisk, Workload
 from tests.simulation.faults import draw_profile, heal_everything, run_faults
 from tests.simulation.hosts import AgentHost, Host, ProcessServerHost
 from tests.simulation.invariants import Invariants
+from tests.simulation.logs import capture_logs
 from tests.simulation.loop import SimulationStuck, StepLimitExceeded, VirtualTimeLoop
 from tests.simulation.network import Network
 from tests.simulation.recovering import recover_everything
@@ -32,7 +33,7 @@ from tests.simulation.vault import SimulatedVault, make_vault
 DISK_BLOCKS_MAX: Final = 32
 DISK_BLOCK_BYTES: Final = 65536
 HORIZON_SECONDS: Final = (15.0, 30.0, 60.0)
-DRAIN_SECONDS_MAX: Final = 900.0
+DRAIN_SECONDS_MAX: Final = 300.0
 DRAIN_CHECK_SECONDS: Final = 1.0
 STOP_SECONDS_MAX: Final = 120.0
 
@@ -89,6 +90,10 @@ class World:
         self.agent: AgentHost
         self.process_server: ProcessServerHost
         self._watch()
+        capture_logs(
+            on_line=self.trace.remark if readable else None,
+            on_defect=lambda event, error: self.violate("defect", f"logged as {event!r}: {error!r}", error),
+        )
 
     def _stream(self, name: str) -> random.Random:
         return random.Random(f"{self.seed} {name}")
