@@ -412,7 +412,11 @@ class DiskReplication:
 
     async def _wait_for_round(self) -> None:
         """Until the interval since the last round began has passed, or somebody wants one now."""
-        while not self._round_wanted.is_set():
+        while True:
+            # why: cleared before anything is looked at, so that what happens meanwhile is not slept through.
+            self._idle_wake.clear()
+            if self._round_wanted.is_set():
+                return
             history = self._history
             if history is not None and history.is_standing_due:
                 await blocking(self._ports.executor, history.write_standing)
@@ -421,7 +425,6 @@ class DiskReplication:
             left = 0.0 if began is None else began + self._pace.copy_interval_seconds - now
             if left <= 0:
                 return
-            self._idle_wake.clear()
             try:
                 async with asyncio.timeout(left):
                     await self._idle_wake.wait()
