@@ -18,16 +18,16 @@ from config_server.core.recovery_points import is_news
 from config_server.core.registry import match_disk
 from config_server.core.server_clock import ServerClockState, date_instant
 from config_server.database.disks import (
-    StoredDisk,
     add_disk,
     candidates_for,
     count_protected_disks,
     end_protection,
     find_disk,
+    find_disks,
     list_disks,
     list_grants,
-    record_disk_report,
-    record_position,
+    record_disk_reports,
+    record_positions,
     renew_disk,
     set_paused,
 )
@@ -125,8 +125,7 @@ class ControlPlane:
             own = {stored.disk for stored in await list_disks(connection, machine=machine_id)}
             _check_owned(machine_id, [disk.disk for disk in report.disks], own)
             await record_agent_report(connection, machine_id, report, now_ns=now_ns)
-            for disk in report.disks:
-                await record_disk_report(connection, disk, now_ns=now_ns)
+            await record_disk_reports(connection, report.disks, now_ns=now_ns)
             machine = await _machine(connection, machine_id)
             changed = await self._reconciler.reconcile_machine(connection, machine, now_ns=now_ns)
             machine = await _machine(connection, machine_id)
@@ -221,28 +220,32 @@ class ControlPlane:
         self, connection: AsyncConnection, positions: Collection[DiskPosition]
     ) -> set[MachineId]:
         """Returns the machines of disks that have gone on to another epoch. A late report of an old one is nothing."""
-        advanced: set[MachineId] = set()
-        for position in positions:
-            stored = await _disk(connection, position.disk)
-            if position.epoch < stored.newest_used_epoch or position == stored.position:
-                continue
-            await record_position(connection, position)
-            if position.epoch > stored.newest_used_epoch:
-                advanced.add(stored.machine)
-        return advanced
+        stored = await find_disks(connection, [position.disk for position in positions])
+        news = [
+            position
+            for position in positions
+            if position.epoch >= stored[position.disk].newest_used_epoch and position != stored[position.disk].position
+        ]
+        await record_positions(connection, news)
+        return {
+            stored[position.disk].machine
+            for position in news
+            if position.epoch > stored[position.disk].newest_used_epoch
+        }
 
     async def _record_points(
         self, connection: AsyncConnection, points: Collection[CommittedPoint], clock: ServerClockState
     ) -> None:
+        disks = await find_disks(connection, [point.disk for point in points])
         for point in sorted(points, key=lambda one: (one.disk, one.epoch, one.sequence)):
             recorded = await find_point(connection, point.point, point.disk)
             if not is_news(point, None if recorded is None else recorded.point):
                 continue
             previous = await find_newest_point(connection, point.disk, before=(point.epoch, point.sequence))
             dated = date_instant(point.instant_ns, clock.spans, None if previous is None else previous.dated)
-            stored = await _disk(connection, point.disk)
             await add_point(connection, point, clock_generation=dated.generation, now_ns=clock.tick_ns)
-            await self._reconciler.order_point(connection, point, stored.machine, now_ns=clock.tick_ns)
+            machine = disks[point.disk].machine
+            await self._reconciler.order_point(connection, point, machine, now_ns=clock.tick_ns)
 
 
 async def _check_member(connection: AsyncConnection, certificate: StoredCertificate) -> None:
@@ -283,13 +286,6 @@ async def _machine(connection: AsyncConnection, machine: MachineId) -> StoredMac
     stored = await find_machine(connection, machine)
     if stored is None:
         raise ResourceNotFound(what="machine", identifier=machine)
-    return stored
-
-
-async def _disk(connection: AsyncConnection, disk: DiskId) -> StoredDisk:
-    stored = await find_disk(connection, disk)
-    if stored is None:
-        raise ResourceNotFound(what="disk", identifier=disk)
     return stored
 
 

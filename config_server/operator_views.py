@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from config_server.clock import ServerClock
 from config_server.core.rpo import evaluate_rpo
 from config_server.core.server_clock import ServerClockState
@@ -17,7 +15,13 @@ from config_server.database.members import (
     list_machines,
     list_process_servers,
 )
-from config_server.database.points import count_publications, find_newest_point, list_points
+from config_server.database.points import (
+    StoredPoint,
+    count_publications,
+    find_newest_point,
+    list_newest_points,
+    list_points,
+)
 from config_server.reconciler import Reconciler
 from protocol.control_errors import ResourceNotFound
 from protocol.operator_messages import (
@@ -75,7 +79,8 @@ class OperatorViews:
         async with self._database.reading() as connection:
             machines = {machine.machine: machine for machine in await list_machines(connection)}
             stored = sorted(await list_disks(connection), key=lambda disk: not disk.known.is_protected)
-            disks = [await self._disk(connection, disk, machines[disk.machine], clock) for disk in stored]
+            points = await list_newest_points(connection)
+        disks = [self._disk(disk, machines[disk.machine], points.get(disk.disk), clock) for disk in stored]
         return DiskList(now_ns=clock.tick_ns, disks=tuple(disks))
 
     async def disk(self, disk: DiskId) -> DiskStatus:
@@ -86,7 +91,8 @@ class OperatorViews:
             if stored is None:
                 raise ResourceNotFound(what="disk", identifier=disk)
             machines = {machine.machine: machine for machine in await list_machines(connection)}
-            return await self._disk(connection, stored, machines[stored.machine], clock)
+            newest = await find_newest_point(connection, disk)
+        return self._disk(stored, machines[stored.machine], newest, clock)
 
     async def points(self, *, disk: DiskId | None, limit: int) -> RecoveryPointList:
         now_ns = (await self._clock.tick()).tick_ns
@@ -155,10 +161,9 @@ class OperatorViews:
         )
         return CertificateList(now_ns=now_ns, certificates=certificates)
 
-    async def _disk(
-        self, connection: AsyncConnection, stored: StoredDisk, machine: StoredMachine, clock: ServerClockState
+    def _disk(
+        self, stored: StoredDisk, machine: StoredMachine, newest: StoredPoint | None, clock: ServerClockState
     ) -> DiskStatus:
-        newest = await find_newest_point(connection, stored.disk)
         heard_ns = max(stored.reported_ns or 0, stored.registered_ns)
         report = stored.report
         return DiskStatus(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sqlalchemy import Row, func, insert, or_, select, update
+from sqlalchemy import Row, bindparam, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from config_server.core.registry import KnownDisk
@@ -54,6 +54,12 @@ async def list_disks(connection: AsyncConnection, *, machine: MachineId | None =
 async def find_disk(connection: AsyncConnection, disk: DiskId) -> StoredDisk | None:
     row = (await connection.execute(select(disks).where(disks.c.disk == disk))).one_or_none()
     return None if row is None else _disk(row)
+
+
+async def find_disks(connection: AsyncConnection, disk_ids: Iterable[DiskId]) -> dict[DiskId, StoredDisk]:
+    """Those that exist."""
+    query = select(disks).where(disks.c.disk.in_(set(disk_ids)))
+    return {stored.disk: stored for stored in map(_disk, await connection.execute(query))}
 
 
 async def list_disks_of_process_server(
@@ -135,20 +141,22 @@ async def set_paused(connection: AsyncConnection, disk: DiskId, *, is_paused: bo
     await connection.execute(update(disks).where(disks.c.disk == disk).values(is_paused=is_paused))
 
 
-async def record_disk_report(connection: AsyncConnection, report: DiskReport, *, now_ns: int) -> None:
-    await connection.execute(
-        update(disks)
-        .where(disks.c.disk == report.disk)
-        .values(report=report.model_dump_json(), reported_ns=now_ns, path=report.path)
-    )
+async def record_disk_reports(connection: AsyncConnection, reports: Iterable[DiskReport], *, now_ns: int) -> None:
+    rows = [
+        {"key": report.disk, "report": report.model_dump_json(), "reported_ns": now_ns, "path": report.path}
+        for report in reports
+    ]
+    if rows:
+        await connection.execute(update(disks).where(disks.c.disk == bindparam("key")), rows)
 
 
-async def record_position(connection: AsyncConnection, position: DiskPosition) -> None:
-    await connection.execute(
-        update(disks)
-        .where(disks.c.disk == position.disk)
-        .values(position=position.model_dump_json(), newest_used_epoch=position.epoch)
-    )
+async def record_positions(connection: AsyncConnection, positions: Iterable[DiskPosition]) -> None:
+    rows = [
+        {"key": position.disk, "position": position.model_dump_json(), "newest_used_epoch": position.epoch}
+        for position in positions
+    ]
+    if rows:
+        await connection.execute(update(disks).where(disks.c.disk == bindparam("key")), rows)
 
 
 async def list_grants(connection: AsyncConnection, disk_ids: Iterable[DiskId]) -> list[StoredGrant]:

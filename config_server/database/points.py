@@ -57,6 +57,20 @@ async def find_newest_point(
     return None if row is None else _point(row)
 
 
+async def list_newest_points(connection: AsyncConnection) -> dict[DiskId, StoredPoint]:
+    """By position, of every disk that has one."""
+    newest = (
+        select(points.c.point)
+        .where(points.c.disk == disks.c.disk)
+        .order_by(points.c.epoch.desc(), points.c.sequence.desc())
+        .limit(1)
+        .correlate(disks)
+        .scalar_subquery()
+    )
+    query = _SELECT_POINTS.where(points.c.point == newest)
+    return {stored.point.disk: stored for stored in map(_point, await connection.execute(query))}
+
+
 async def list_points(connection: AsyncConnection, *, disk: DiskId | None, limit: int) -> list[StoredPoint]:
     """Newest first."""
     query = _SELECT_POINTS.order_by(points.c.instant_ns.desc(), points.c.epoch.desc(), points.c.sequence.desc())

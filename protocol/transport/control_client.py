@@ -131,9 +131,9 @@ class ControlConnection:
         self._request_seconds_max = request_seconds_max
         self._session: aiohttp.ClientSession | None = None
 
-    async def replace_context(self, context: ssl.SSLContext) -> None:
+    async def replace_contexts(self, context: ssl.SSLContext, anonymous_context: ssl.SSLContext) -> None:
         """Requests made from now on use new credentials. Requests in flight are cut off; they can be repeated."""
-        self._context = context
+        self._context, self._anonymous_context = context, anonymous_context
         await self.close()
 
     async def close(self) -> None:
@@ -333,8 +333,9 @@ class _EnrolledClient(_Client):
 
     async def reload_credentials(self, authority_pem: bytes) -> None:
         """After a renewal was written: the next request presents the new certificate."""
-        await self._connection.replace_context(
-            client_context(authority_pem=authority_pem, credentials_path=self._credentials_path)
+        await self._connection.replace_contexts(
+            client_context(authority_pem=authority_pem, credentials_path=self._credentials_path),
+            client_context(authority_pem=authority_pem),
         )
 
     async def renew(self, request_pem: str) -> CertificateBundle:
