@@ -110,6 +110,22 @@ class NotEnrolled(LocalFault):
     hint = "Run `process-server enroll --server URL --token-file FILE --dir DIR` first."
 
 
+class AlreadyEnrolled(LocalFault):
+    """Fields: directory."""
+
+    code = "already-enrolled"
+    message = "{directory} holds an enrolled identity already"
+    hint = "To enrol anew, use another directory: the signing key in this one may still be needed for its cache."
+
+
+class StoreNotSet(LocalFault):
+    """The settings name no store."""
+
+    code = "store-not-set"
+    message = "the settings name no store"
+    hint = "Set `store` to file:///absolute/path or azure://account/container/prefix."
+
+
 class StateUnreadable(LocalFault):
     """Fields: name, reason."""
 

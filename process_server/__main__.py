@@ -1,0 +1,81 @@
+"""`process-server`: enroll, run, config show|check."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+from typing import Final
+
+import click
+
+from process_server.enrollment import enroll_process_server
+from process_server.program import LOCK_FILE, ProcessServerProgram
+from process_server.settings import PROGRAM, ProcessServerSettings
+from protocol.join_token import JoinToken
+from runtime.command_line import ProgramGroup, config_commands, output_option, with_settings
+from runtime.exit_codes import ExitCode
+from runtime.local_directory import LocalDirectory
+from runtime.locks import exclusive_lock
+from runtime.logs import configure_logs
+from runtime.output import Output
+from runtime.secrets import read_secret
+from runtime.service import run_service
+from runtime.settings import Loaded
+
+STOP_MARGIN_SECONDS: Final = 10.0
+"""Beyond the service's own deadline, for what is left to close."""
+
+_FLAGS: Final = {"directory": "state_directory"}
+_directory_option = click.option(
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The state directory; /var/lib/farpoint/process-server by default.",
+)
+
+
+@click.group(cls=ProgramGroup)
+def main() -> None:
+    """The process server: receives, seals, caches and uploads what mobility agents send."""
+
+
+@main.command("enroll")
+@click.option("--server", required=True, metavar="URL", help="The configuration server, https://host:port.")
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="File with the join token that `farpoint token create --role process-server` printed.",
+)
+@click.option("--name", default="", help="What operators call it; this machine's host name by default.")
+@_directory_option
+@output_option
+@with_settings(ProcessServerSettings, PROGRAM, flags=_FLAGS)
+def enroll(loaded: Loaded[ProcessServerSettings], output: Output, server: str, token_file: Path, name: str) -> None:
+    """Make this process server a member of the server's vault."""
+    path = loaded.settings.state_directory
+    token = JoinToken.parse(read_secret(token_file).decode("utf-8", "replace").strip())
+    with exclusive_lock(path / LOCK_FILE):
+        identity = asyncio.run(
+            enroll_process_server(
+                LocalDirectory(path), server_url=server, token=token, name=name or socket.gethostname()
+            )
+        )
+    output.record({"process_server": identity.peer.identifier, "vault": identity.peer.vault, "directory": str(path)})
+
+
+@main.command("run")
+@_directory_option
+@with_settings(ProcessServerSettings, PROGRAM, flags=_FLAGS)
+def run(loaded: Loaded[ProcessServerSettings]) -> ExitCode:
+    """Serve agents until SIGTERM; then make durable, acknowledge and upload what is there."""
+    configure_logs(loaded.settings.log, program=PROGRAM)
+    deadline_seconds = loaded.settings.stop_seconds_max + STOP_MARGIN_SECONDS
+    return run_service(ProcessServerProgram(loaded.settings).run, stop_deadline_seconds=deadline_seconds)
+
+
+main.add_command(config_commands(ProcessServerSettings, PROGRAM))
+
+if __name__ == "__main__":
+    main()
