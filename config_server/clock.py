@@ -13,6 +13,7 @@ import structlog
 from config_server.core.server_clock import ServerClockState, observe_clock, start_clock
 from config_server.database.engine import Database
 from config_server.database.points import read_clock_spans, replace_clock_spans
+from config_server.errors import DatabaseFault
 from runtime.clock import Clock
 
 REMEMBER_SECONDS: Final = 5.0
@@ -41,7 +42,7 @@ class ServerClock:
         if spans and state.generation != spans[-1].generation:
             log.warning("clock went back over the restart", last_ns=spans[-1].last_ns, now_ns=state.tick_ns)
         server_clock = ServerClock(database, clock, state)
-        await server_clock._remember()
+        await server_clock.remember()
         return server_clock
 
     @property
@@ -57,17 +58,21 @@ class ServerClock:
             log.warning("the clock was set", before_ns=self._state.tick_ns, now_ns=state.tick_ns)
         self._state = state
         if state.generation != self._remembered_generation:
-            await self._remember()
+            await self.remember()
         return state
 
     async def watch(self) -> None:
         """Ticks and remembers until it is cancelled."""
         while True:
             await asyncio.sleep(REMEMBER_SECONDS)
-            await self.tick()
-            await self._remember()
+            try:
+                await self.tick()
+                await self.remember()
+            except DatabaseFault as error:
+                log.error("the clock's span is not stored", reason=str(error))
 
-    async def _remember(self) -> None:
+    async def remember(self) -> None:
+        """Stores the spans as they are now. Raises DatabaseFault."""
         state = self._state
         async with self._database.writing() as connection:
             await replace_clock_spans(connection, state.spans)

@@ -114,6 +114,8 @@ class ConfigServer:
             await stop.wait()
             for task in tasks:
                 task.cancel()
+        await clock.tick()
+        await clock.remember()
 
     def _rooms(
         self, installation: Installation, database: Database, clock: ServerClock, announcements: Announcements

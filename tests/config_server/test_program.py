@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import aiohttp
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
@@ -42,13 +43,13 @@ from config_server.installation import (
     read_installation,
 )
 from protocol.control import NO_REVISION
-from protocol.control_errors import ServerUnreachable
+from protocol.control_errors import ServerUnreachable, ServerUnwell
 from protocol.errors import PortTaken, ReplicationError
 from protocol.signed_records import serialise_authority_key
 from protocol.transport.control_client import AgentControlClient
 from protocol.vocabulary import DiskId
 from runtime.errors import SecretMissing, SettingInvalid, SettingUnknown, StateLocked
-from runtime.observability import ListenAddress
+from runtime.observability import ListenAddress, ObservabilitySettings
 from tests.config_server.running import (
     AUTHORITY_KEY,
     Running,
@@ -270,3 +271,38 @@ async def test_what_was_answered_survives_kill_minus_nine_at_any_moment(tmp_path
         kept = {order.disk for order in (await agent.report(agent_report())).disks}
     assert answered
     assert kept >= answered
+
+
+async def test_its_endpoint_tells_metrics_with_bounded_labels_and_readiness(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    observability = ObservabilitySettings(address=f"127.0.0.1:{port}")
+    async with running_server(tmp_path / "server", observability=observability) as server:
+        async with await server.agent(tmp_path / "agent") as agent, server.plain_session() as session:
+            await agent.report(agent_report())
+            for number in range(5):
+                await (await session.get(f"/nowhere/{number}")).read()
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+            metrics = await (await session.get("/metrics")).text()
+            assert (await session.get("/readyz")).status == 200
+    lines = [line for line in metrics.splitlines() if line.startswith("farpoint_config_server_requests_total")]
+    assert any('route="/v1/agent/report",status="200"} 1.0' in line for line in lines)
+    assert [line for line in lines if "nowhere" in line or 'route="unknown"' in line] == [
+        'farpoint_config_server_requests_total{method="GET",route="unknown",status="404"} 5.0'
+    ]
+    assert 'farpoint_config_server_disks{rpo="unknown"}' in metrics
+
+
+async def test_a_failing_database_is_the_servers_trouble_and_its_details_stay_inside(tmp_path: Path) -> None:
+    async with running_server(tmp_path / "server") as server, await server.agent(tmp_path / "agent") as agent:
+        with sqlite3.connect(tmp_path / "server" / DATABASE_FILE) as connection:
+            connection.execute("ALTER TABLE disks RENAME TO elsewhere")
+        connection.close()
+        with pytest.raises(ServerUnwell) as caught:
+            await agent.register_disk(registration())
+        assert caught.value.is_retryable
+        assert "table" not in str(caught.value)
+        with sqlite3.connect(tmp_path / "server" / DATABASE_FILE) as connection:
+            connection.execute("ALTER TABLE elsewhere RENAME TO disks")
+        connection.close()
+        await agent.register_disk(registration())
