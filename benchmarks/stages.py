@@ -80,6 +80,11 @@ def _read(image: Path, zero_test: bool) -> int:
     return found
 
 
+def non_zero_bytes(image: Path) -> int:
+    """Bytes of the 1 MiB blocks that are not all zero."""
+    return _read(image, True)
+
+
 def _load(image: Path, limit_bytes: int) -> list[bytes]:
     zeroes = bytes(MIB)
     blocks: list[bytes] = []
@@ -202,7 +207,7 @@ def _write_direct(path: Path, chunks: list[bytes]) -> None:
 
 def measure(image: Path, *, directory: Path, limit_bytes: int = 512 * MIB) -> list[StageCost]:
     """Measures every stage on `image`; files are written to `directory`. The whole takes about a minute per 512 MiB."""
-    data_bytes = _read(image, True)
+    data_bytes = non_zero_bytes(image)
     read = _timed(lambda: _read(image, False), data_bytes)
     zero_test = max(0.0, _timed(lambda: _read(image, True), data_bytes) - read)
     blocks = _load(image, limit_bytes)
