@@ -19,7 +19,7 @@ class FrameBuffers:
     def __init__(self, *, buffers: int) -> None:
         pairs = max(1, buffers // BUFFERS_PER_STEP)
         self._free = deque((_buffer(), _buffer()) for _ in range(pairs))
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[asyncio.Future[tuple[memoryview, memoryview]]] = deque()
 
     def try_acquire(self) -> BufferPair | None:
         """A pair if one is free now and nobody waits for it."""
@@ -31,28 +31,26 @@ class FrameBuffers:
         """Waits for a free pair, first come first served."""
         if self._free and not self._waiting:
             return BufferPair(self, *self._free.popleft())
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        turn: asyncio.Future[tuple[memoryview, memoryview]] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
-            await turn
+            pair = await turn
         except asyncio.CancelledError:
-            if turn in self._waiting:
+            if turn.done() and not turn.cancelled():
+                self.give_back(turn.result())
+            elif turn in self._waiting:
                 self._waiting.remove(turn)
-            else:
-                self._wake_next()
             raise
-        return BufferPair(self, *self._free.popleft())
+        return BufferPair(self, *pair)
 
     def give_back(self, pair: tuple[memoryview, memoryview]) -> None:
-        self._free.append(pair)
-        self._wake_next()
-
-    def _wake_next(self) -> None:
-        while self._waiting and self._free:
+        # why: a pair goes from hand to hand; one that lay free for a moment could be taken by whoever comes first.
+        while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
-                turn.set_result(None)
+                turn.set_result(pair)
                 return
+        self._free.append(pair)
 
 
 class BufferPair:

@@ -15,7 +15,7 @@ from protocol.vocabulary import DIGEST_BLOCK_BYTES
 
 DIRTY_EXTENTS_MAX: Final = 65536
 SENT_EXTENTS_MAX: Final = 65536
-"""Over all sent records of a disk; beyond it the oldest neighbours are merged and coarsened."""
+"""Over all sent records of a disk; beyond it neighbours are merged and coarsened."""
 RECORD_EXTENTS_MAX: Final = 4096
 
 
@@ -137,7 +137,7 @@ class DirtyMap:
         self._sent_extents = sum(len(record.extents) for record in records)
 
     def _bound_records(self) -> None:
-        """Merges neighbours, oldest first, until the extents fit. A merged record is committed only when all of it
+        """Merges neighbours until the extents fit. A merged record is committed only when all of it
         is."""
         while self._sent_extents > SENT_EXTENTS_MAX and len(self._records) > 1:
             merged = []
