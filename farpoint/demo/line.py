@@ -212,7 +212,7 @@ class Line:
                 "process_server",
                 *("run", "--dir", self._state("process-server"), "--set", f"store={self._places.store_url}"),
                 *("--set", f"listen={HOST}:{self._data_port}", "--set", f"host={HOST}"),
-                *("--set", f"cache_bytes_max={CACHE_BYTES_MAX}"),
+                *("--set", f"cache_bytes_max={CACHE_BYTES_MAX}", "--set", "segment_age_seconds_max=1"),
                 *("--set", f"observability.address={HOST}:{self._process_server_port}"),
             )
         )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 
 from farpoint.demo.measures import Counts
 from farpoint.demo.source_image import Changes
+
+TABLE_WIDTH: Final = 140
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +109,8 @@ class DemoResult:
 
 def print_table(result: DemoResult) -> None:
     """The figures and the verdict, on stdout."""
-    console = Console(file=sys.stdout, highlight=False)
+    # why: without a terminal rich assumes 80 columns and folds the figures
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else TABLE_WIDTH)
     console.print(_replication(result))
     console.print(_recovery(result))
     rpo = "unknown" if result.rpo_seconds is None else f"{result.rpo_seconds:.1f} s"
