@@ -82,7 +82,7 @@ class Cache:
         """What keeps the cache from being written at present, None while it works."""
 
     def start(self, scanned: Sequence[ScannedFile], checkpoints: Callable[[], Iterable[DiskCheckpoint]]) -> None:
-        """Takes over the files that recovery found. checkpoints: where every disk stands, asked when a file is begun."""
+        """Takes over the files that recovery found. checkpoints: where all disks stand, asked when a file is begun."""
         for found in scanned:
             self._files[found.file_number] = _File(size_bytes=found.size_bytes, end_bytes=found.end_bytes)
             self._next_number = max(self._next_number, found.file_number + 1)

@@ -257,7 +257,7 @@ class DiskHistory:
     # the store's side
 
     def segment_committed(self, segment: CachedSegment) -> None:
-        """The first of `waiting` is readable in the store. A record of it goes into the cache; then its files are free."""
+        """The first of `waiting` is in the store. A record of that goes into the cache; then its files are free."""
         assert self.waiting[0] is segment
         assert segment.closed is not None
         del self.waiting[0]

@@ -41,7 +41,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionCredit:
-    """One connection: bytes granted since its start, and those of them that are free again, being durable or dropped."""
+    """One connection: bytes granted since its start, and those that are free again, being durable or dropped."""
 
     granted_bytes: int = 0
     released_bytes: int = 0
