@@ -98,9 +98,10 @@ class Host:
                     await self._ended.wait()
                 finally:
                     task.cancel()
+                if not self.is_last_run:
+                    await asyncio.sleep(self.draw.random() ** 2 * RESTART_SECONDS_MAX)
                 if self.is_last_run:
                     return
-                await asyncio.sleep(self.draw.random() ** 2 * RESTART_SECONDS_MAX)
 
     async def _live_and_report(self, process: SimulatedProcess, ended: asyncio.Event) -> None:
         try:

@@ -36,6 +36,7 @@ HORIZON_SECONDS: Final = (15.0, 30.0, 60.0)
 DRAIN_SECONDS_MAX: Final = 300.0
 DRAIN_CHECK_SECONDS: Final = 1.0
 STOP_SECONDS_MAX: Final = 120.0
+STOP_AGAIN_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,11 +214,12 @@ class World:
         for host, task in zip((self.process_server, self.agent), tasks, strict=True):
             assert isinstance(host, Host)
             host.is_last_run = True
-            host.stop_orderly()
-            try:
-                async with asyncio.timeout(STOP_SECONDS_MAX):
-                    await asyncio.wait([task])
-            except TimeoutError:
+            deadline = self.loop.time() + STOP_SECONDS_MAX
+            while not task.done() and self.loop.time() < deadline:
+                host.stop_orderly()
+                # why: a program that has only just been started may not be there to be stopped yet
+                await asyncio.wait([task], timeout=STOP_AGAIN_SECONDS)
+            if not task.done():
                 self.violate("stop", f"{host.name} does not stop within {STOP_SECONDS_MAX} s")
                 host.kill()
                 task.cancel()
