@@ -34,7 +34,7 @@ class _Contents:
 
 
 class FaultyDirectory:
-    """`operations` counts writes, synchronizes, creations, replacements and removals; `cut_at` is the one to fail at."""
+    """`operations` counts whatever changes something; number `cut_at` is the one in which the power goes."""
 
     def __init__(self) -> None:
         self.files: dict[str, _Contents] = {}
