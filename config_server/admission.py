@@ -57,7 +57,7 @@ class AdmissionOffice:
 
     def is_admin_token(self, token: str) -> bool:
         """In constant time."""
-        return hmac.compare_digest(token.encode(), self._installation.admin_token.encode())
+        return hmac.compare_digest(token.encode(errors="surrogateescape"), self._installation.admin_token.encode())
 
     async def create_token(self, request: JoinTokenRequest) -> JoinTokenCreated:
         """The secret is not kept, only what a proof of it is checked with."""

@@ -196,9 +196,10 @@ class ConfigServer:
     async def _renew_own_certificate(self, installation: Installation, context: ssl.SSLContext) -> None:
         """At each start, and then as often as members do. Connections made from then on see the new one."""
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, self._issue_own_certificate, installation, context)
+        serial = await loop.run_in_executor(None, self._issue_own_certificate, installation, context)
+        log.info("own certificate issued", serial=serial, names=list(self._settings.all_server_names()))
 
-    def _issue_own_certificate(self, installation: Installation, context: ssl.SSLContext) -> None:
+    def _issue_own_certificate(self, installation: Installation, context: ssl.SSLContext) -> str:
         names = self._settings.all_server_names()
         key = make_certificate_key("configuration server")
         issued = installation.authority.issue(
@@ -211,7 +212,7 @@ class ConfigServer:
         pair = credentials_pem(installation.authority.bundle(issued), key)
         LocalDirectory(installation.path).replace(CREDENTIALS_FILE, pair)
         context.load_cert_chain(installation.path / CREDENTIALS_FILE)
-        log.info("own certificate issued", serial=issued.serial, names=list(names))
+        return issued.serial
 
 
 def _tls_context(installation: Installation) -> ssl.SSLContext:

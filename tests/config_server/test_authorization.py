@@ -97,7 +97,7 @@ async def test_a_certificate_does_not_help_where_a_wrong_admin_token_is_shown(tm
         credentials = tmp_path / "worker" / CREDENTIALS_FILE
         async with server.plain_session(credentials, bearer="wrong") as session, session.get("/v1/disks") as response:
             assert response.status == 401
-        for header in ("Basic YTpi", "Bearer"):
+        for header in ("Basic YTpi", "Bearer", "Bearer \udcff"):
             async with (
                 server.plain_session() as session,
                 session.get("/v1/disks", headers={"Authorization": header}) as response,
