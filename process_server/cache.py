@@ -18,7 +18,7 @@ from typing import Final, TypeVar
 
 import structlog
 
-from process_server.cache_files import CacheFiles, ScannedFile
+from process_server.cache_files import CachedPayloads, CacheFiles, ScannedFile
 from process_server.cache_log import (
     BLOCK_BYTES,
     NO_DISK,
@@ -144,17 +144,24 @@ class Cache:
             self._gauge()
             return locations
 
-    async def read(self, kind: RecordKind, locations: Sequence[Location]) -> list[memoryview]:
+    async def read(self, kind: RecordKind, locations: Sequence[Location]) -> CachedPayloads:
         """The payloads, verified. Raises OSError, CacheDamaged."""
         return await self._run(lambda: self._files_io.read(kind, locations))
 
+    def give_back(self, read: CachedPayloads) -> None:
+        """What was read is not needed any more, by anybody."""
+        self._files_io.buffers.give_back(read.buffers)
+
     async def remove_unused(self) -> None:
-        """Removes every file older than the active one that no uncommitted segment needs. Durable on return."""
-        if self._active is None:
-            # why: until a newer file's checkpoint says where the disks stand, the older ones do.
-            return
-        active = self._active_number
-        unused = [number for number, file in self._files.items() if not file.segments and number < active]
+        """Removes every file older than the newest checkpoint that no uncommitted segment needs. Durable on return."""
+        # why: a file's first batch says where every disk stands, so the older ones are needed for their frames only. After
+        # a restart that is so before anything is written, which without room nothing ever might be.
+        newest = max((number for number, file in self._files.items() if file.end_bytes), default=-1)
+        unused = [
+            number
+            for number, file in self._files.items()
+            if not file.segments and (number < newest or (not file.end_bytes and number != self._active_number))
+        ]
         for number in unused:
             try:
                 await self._run(partial(self._files_io.remove, number))

@@ -8,6 +8,7 @@ that was written.
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -36,6 +37,42 @@ READ_GAP_BYTES_MAX: Final = 64 * 1024
 """Payloads no farther apart than this are read by one call."""
 READ_BYTES_MAX: Final = 8 * 2**20
 """One call reads no more, unless a single payload is longer."""
+
+
+READ_BUFFER_BYTES: Final = READ_BYTES_MAX + 2 * BLOCK_BYTES
+"""What one read needs, alignment included."""
+READ_BUFFERS_KEPT: Final = 4
+READ_BUFFER_LENGTH_MIN: Final = 256 * 1024
+"""For less a buffer of its own is cheaper than it is worth."""
+
+
+class ReadBuffers:
+    """Large buffers for reading, used again and again: touching fresh memory costs more than reading into it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: list[memoryview] = []
+
+    def take(self, length_bytes: int) -> memoryview:
+        """At least so long, page-aligned."""
+        if not READ_BUFFER_LENGTH_MIN <= length_bytes <= READ_BUFFER_BYTES:
+            return memoryview(mmap.mmap(-1, max(length_bytes, BLOCK_BYTES)))
+        with self._lock:
+            return self._free.pop() if self._free else memoryview(mmap.mmap(-1, READ_BUFFER_BYTES))
+
+    def give_back(self, buffers: Sequence[memoryview]) -> None:
+        """Nobody reads or writes them, or anything made of them, any more."""
+        with self._lock:
+            room = READ_BUFFERS_KEPT - len(self._free)
+            self._free += [buffer for buffer in buffers if len(buffer) == READ_BUFFER_BYTES][: max(0, room)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedPayloads:
+    """Payloads as read, each verified, and the buffers that they lie in."""
+
+    payloads: list[memoryview]
+    buffers: list[memoryview]
 
 
 def frame_digest(record: memoryview) -> bytes:
@@ -79,6 +116,7 @@ class CacheFiles:
         self._active_number = -1
         self._batch_number = 0
         self._end_bytes = 0
+        self.buffers = ReadBuffers()
         self._staging = mmap.mmap(-1, STAGING_BYTES)
 
     def begin(self, file_number: int, records: Sequence[CacheRecord], *, preallocate_bytes: int) -> int:
@@ -123,27 +161,31 @@ class CacheFiles:
         """Durable on return. Raises OSError."""
         self._directory.remove(file_name(file_number))
 
-    def read(self, kind: RecordKind, locations: Sequence[Location]) -> list[memoryview]:
+    def read(self, kind: RecordKind, locations: Sequence[Location]) -> CachedPayloads:
         """The payloads, verified. Locations of one file in ascending order are read together.
 
-        Raises OSError, CacheDamaged.
+        Who is done with them may hand the buffers to `buffers.give_back`. Raises OSError, CacheDamaged.
         """
         payloads: list[memoryview] = []
+        buffers: list[memoryview] = []
         for run in _runs(locations):
             first = run[0].offset_bytes // BLOCK_BYTES * BLOCK_BYTES
-            end = padded(run[-1].offset_bytes + run[-1].length_bytes)
-            buffer = memoryview(mmap.mmap(-1, max(end - first, BLOCK_BYTES)))
+            length = padded(run[-1].offset_bytes + run[-1].length_bytes - first)
+            buffer = self.buffers.take(length)
+            buffers.append(buffer)
             file = self._directory.open(file_name(run[0].file_number), direct=True)
             try:
-                file.read_into(first, buffer)
+                read_bytes = file.read_into(first, buffer[:length])
             finally:
                 file.close()
             for location in run:
                 start = location.offset_bytes - first
+                if start + location.length_bytes > read_bytes:
+                    raise CacheDamaged(name=file_name(location.file_number), reason="the file is cut short")
                 payload = buffer[start : start + location.length_bytes]
                 check_payload(kind, location, payload)
                 payloads.append(payload)
-        return payloads
+        return CachedPayloads(payloads=payloads, buffers=buffers)
 
     def scan(self, file_number: int, *, end_bytes: int | None, verify_payloads: bool) -> ScannedFile:
         """Reads a file's batches until one does not check out, or to `end_bytes` if that is known.

@@ -225,7 +225,7 @@ def _newest_checkpoint(files_io: CacheFiles, numbers: Sequence[int]) -> tuple[di
     for number in reversed(numbers):
         found = scanned[number] = files_io.scan(number, end_bytes=None, verify_payloads=True)
         if found.records:
-            (payload,) = files_io.read(RecordKind.CHECKPOINT, [found.records[0].location])
+            (payload,) = files_io.read(RecordKind.CHECKPOINT, [found.records[0].location]).payloads
             return decode_file_ends(payload, file_name(number)), scanned
     return {}, scanned
 
@@ -256,7 +256,7 @@ def _replay_record(replay: Replay, files_io: CacheFiles, record: LocatedRecord, 
     if record.kind is RecordKind.SEGMENT_COMMITTED:
         replay.committed(record)
         return
-    (payload,) = files_io.read(record.kind, [record.location])
+    (payload,) = files_io.read(record.kind, [record.location]).payloads
     if record.kind is RecordKind.POSITION:
         replay.position(decode_checkpoint(record, payload), is_checkpoint=is_checkpoint)
     elif record.kind is RecordKind.SEGMENT_CLOSED:

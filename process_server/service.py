@@ -258,9 +258,11 @@ class ProcessServer:
         locations = list(recovered.work.frames)
         for first in range(0, len(locations), RECOVERY_FRAMES_AT_ONCE):
             part = locations[first : first + RECOVERY_FRAMES_AT_ONCE]
-            for location, payload in zip(part, await self._cache.read(RecordKind.FRAME, part), strict=True):
+            read = await self._cache.read(RecordKind.FRAME, part)
+            for location, payload in zip(part, read.payloads, strict=True):
                 frames.add(parse_frame_record(payload).entry)
                 frames.locations.append(location)
+            self._cache.give_back(read)
         return frames
 
     # while it runs

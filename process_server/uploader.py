@@ -17,8 +17,9 @@ import structlog
 from typing_extensions import Buffer
 
 from process_server.cache import Cache
+from process_server.cache_files import CachedPayloads
 from process_server.cache_log import RecordKind, file_name
-from process_server.cache_records import decode_closed
+from process_server.cache_records import ClosedSegmentRecord, decode_closed
 from process_server.cache_recovery import CachedSegment
 from process_server.disk_history import DiskHistory
 from process_server.errors import CacheDamaged, CacheFault
@@ -171,20 +172,23 @@ class Uploader:
         assert closed is not None
         async with self._budget.lend(closed.object_bytes):
             with self._metrics.stages.stage("gather", size_bytes=closed.object_bytes):
-                parts = await self._gather(segment)
+                around, frames = await self._gather(segment)
+            parts: list[Buffer] = [around.header, *frames.payloads, around.end]
             with self._metrics.stages.stage("upload", size_bytes=closed.object_bytes):
                 await self._archive.append_segment(segment.opening.name, parts, closed.trailer_hash)
+            # why: only now; after a failure a worker thread of the store may still be reading them.
+            self._cache.give_back(frames)
 
-    async def _gather(self, segment: CachedSegment) -> list[Buffer]:
+    async def _gather(self, segment: CachedSegment) -> tuple[ClosedSegmentRecord, CachedPayloads]:
         """The segment as it will lie in the store, from the cache, every digest checked. Raises CacheFault."""
         assert segment.closed_location is not None
+        name = file_name(segment.closed_location.file_number)
         try:
-            (payload,) = await self._cache.read(RecordKind.SEGMENT_CLOSED, [segment.closed_location])
-            closed = decode_closed(payload, file_name(segment.closed_location.file_number))
+            (payload,) = (await self._cache.read(RecordKind.SEGMENT_CLOSED, [segment.closed_location])).payloads
             frames = await self._cache.read(RecordKind.FRAME, list(segment.frames))
         except OSError as error:
-            raise CacheDamaged(name=file_name(segment.closed_location.file_number), reason=str(error)) from error
-        return [closed.header, *frames, closed.end]
+            raise CacheDamaged(name=name, reason=str(error)) from error
+        return decode_closed(payload, name), frames
 
     def _commit(self, history: DiskHistory) -> None:
         while history.waiting and history.waiting[0] in self._there:
