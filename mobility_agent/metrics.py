@@ -27,10 +27,10 @@ _GAUGES: Final[dict[str, tuple[str, str]]] = {
     "is_settled": ("farpoint_agent_disk_is_settled", "1 if the newest round ended settled"),
 }
 _COUNTERS: Final[dict[str, tuple[str, str]]] = {
-    "read_bytes": ("farpoint_agent_disk_read_bytes", "Read from the disk since the program began"),
-    "sent_bytes": ("farpoint_agent_disk_sent_bytes", "Frame bodies sent since the program began"),
-    "rounds": ("farpoint_agent_disk_rounds", "Rounds that were sent whole since the program began"),
-    "points": ("farpoint_agent_disk_points", "Recovery points marked since the program began"),
+    "read_bytes": ("farpoint_agent_disk_read_bytes_total", "Read from the disk since the program began"),
+    "sent_bytes": ("farpoint_agent_disk_sent_bytes_total", "Frame bodies sent since the program began"),
+    "rounds": ("farpoint_agent_disk_rounds_total", "Rounds that were sent whole since the program began"),
+    "points": ("farpoint_agent_disk_points_total", "Recovery points marked since the program began"),
 }
 
 
