@@ -58,7 +58,7 @@ class AgentLimits:
     """What bounds the agent's memory and pace. Defaults are production's; the simulation makes them small."""
 
     change_set_raw_bytes: int = 8 * FRAME_RAW_BYTES_MAX
-    frame_buffers: int = 12
+    frame_buffers: int = 8
     """Frames that may be read, packed or sent at once over all disks; each holds FRAME_RAW_BYTES_MAX."""
     reconnect_seconds_min: float = 0.5
     reconnect_seconds_max: float = 30.0

@@ -24,7 +24,7 @@ class AgentSettings(Settings):
     state_directory: Path = DEFAULT_STATE_DIRECTORY
     change_set_bytes: Annotated[Bytes, Field(ge=FRAME_RAW_BYTES_MAX, le=CHANGE_SET_RAW_BYTES_MAX)] = 8 * 2**20
     """Raw data per change set of a copy-in."""
-    frame_buffers: Annotated[int, Field(ge=2, le=256)] = 12
+    frame_buffers: Annotated[int, Field(ge=2, le=256)] = 8
     """Of 1 MiB each: what the agent holds of its disks' data in memory, over all disks."""
     worker_threads: Annotated[int, Field(ge=1, le=64)] = 2
     compress: bool = False
