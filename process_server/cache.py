@@ -154,8 +154,8 @@ class Cache:
 
     async def remove_unused(self) -> None:
         """Removes every file older than the newest checkpoint that no uncommitted segment needs. Durable on return."""
-        # why: a file's first batch says where every disk stands, so the older ones are needed for their frames only. After
-        # a restart that is so before anything is written, which without room nothing ever might be.
+        # why: a file's first batch says where every disk stands, so the older ones are needed for their frames only.
+        # After a restart that is so before anything is written, which without room nothing ever might be.
         newest = max((number for number, file in self._files.items() if file.end_bytes), default=-1)
         unused = [
             number
