@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 OPERATIONS_BEFORE_DEATH_MAX: Final = 12
-OUTAGE_SECONDS_MAX: Final = 12.0
+OUTAGE_SECONDS_MAX: Final = 30.0
 CLOCK_JUMP_SECONDS_MAX: Final = 3600.0
 
 
