@@ -113,7 +113,12 @@ class Sealer:
         """
 
         def work() -> SealedRecord:
-            return _seal(sealing.sealer(), frame, body, ordinal=ordinal, nonce_number=nonce_number, level=self._level)
+            with self._metrics.stages.stage("seal", size_bytes=frame.raw_bytes):
+                sealed = _seal(
+                    sealing.sealer(), frame, body, ordinal=ordinal, nonce_number=nonce_number, level=self._level
+                )
+            self._metrics.sealed_bytes.inc(sealed.record.payload_bytes)
+            return sealed
 
         self._metrics.received_bytes.inc(len(body))
         return asyncio.get_running_loop().run_in_executor(self._executor, work)

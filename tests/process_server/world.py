@@ -41,7 +41,7 @@ from protocol.messages import (
 )
 from protocol.session import AgentSession
 from protocol.signed_records import Grant, sign_grant
-from protocol.transport.channel import Received
+from protocol.transport.channel import Channel, Received
 from protocol.vocabulary import (
     FRAME_RAW_BYTES_MAX,
     ChangeSetEnd,
@@ -140,7 +140,7 @@ def memory_channels(agent: PeerIdentity, server: PeerIdentity, serial: str) -> t
 class ScriptedAgent:
     """Sends what a test tells it to, and remembers what it was told."""
 
-    def __init__(self, channel: MemoryChannel) -> None:
+    def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.session = AgentSession()
         self.opened: dict[int, DiskOpened] = {}
@@ -466,5 +466,5 @@ class RunningServer:
     def end_agents(self) -> None:
         for agent in self._agents:
             agent.channel.abort()
-            if agent.channel.other is not None:
+            if isinstance(agent.channel, MemoryChannel) and agent.channel.other is not None:
                 agent.channel.other.abort()
