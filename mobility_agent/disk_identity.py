@@ -75,6 +75,16 @@ def check_same_disk(path: str, expected: DiskIdentity, found: DiskIdentity) -> N
         raise DiskResized(path=path, expected_bytes=expected.size_bytes, found_bytes=found.size_bytes)
 
 
+def have_same_mark(one: DiskIdentity, other: DiskIdentity) -> bool:
+    """Whether a mark that no two disks share says that both are one disk."""
+    # why: in this order; namespaces of one NVMe controller share its serial number and differ in their WWN.
+    for mark in ("image_file", "wwn", "serial"):
+        ours, theirs = getattr(one, mark), getattr(other, mark)
+        if ours is not None and theirs is not None:
+            return bool(ours == theirs)
+    return False
+
+
 def _is_same(expected: DiskIdentity, found: DiskIdentity) -> bool:
     if expected.image_file is not None and found.image_file is not None:
         ours, theirs = expected.image_file, found.image_file

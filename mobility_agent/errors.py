@@ -123,6 +123,20 @@ class NotProtected(LocalFault):
     hint = "`mobility-agent status` lists what is."
 
 
+class AlreadyProtected(LocalFault):
+    """Two paths lead to one disk. Fields: path, other."""
+
+    code = "already-protected"
+    message = "{path} is the disk that is protected as {other}"
+
+
+class TooManyDisks(LocalFault):
+    """Fields: limit."""
+
+    code = "too-many-disks"
+    message = "one machine has at most {limit} protected disks"
+
+
 class DefectMet(LocalFault):
     """Something went wrong that the program has no name for. Fields: reason."""
 

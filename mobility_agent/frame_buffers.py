@@ -6,11 +6,13 @@ from __future__ import annotations
 import asyncio
 import mmap
 from collections import deque
-from typing import Final
+from typing import Final, TypeAlias
 
 from protocol.vocabulary import FRAME_RAW_BYTES_MAX
 
 BUFFERS_PER_STEP: Final = 2
+
+_Pair: TypeAlias = tuple[memoryview, memoryview]
 
 
 class FrameBuffers:
@@ -19,32 +21,29 @@ class FrameBuffers:
     def __init__(self, *, buffers: int) -> None:
         pairs = max(1, buffers // BUFFERS_PER_STEP)
         self._free = deque((_buffer(), _buffer()) for _ in range(pairs))
-        self._waiting: deque[asyncio.Future[tuple[memoryview, memoryview]]] = deque()
+        self._waiting: deque[asyncio.Future[_Pair]] = deque()
 
     def try_acquire(self) -> BufferPair | None:
-        """A pair if one is free now and nobody waits for it."""
-        if not self._free or self._waiting:
-            return None
-        return BufferPair(self, *self._free.popleft())
+        """A pair if one is free now."""
+        return BufferPair(self, self._free.popleft()) if self._free else None
 
     async def acquire(self) -> BufferPair:
         """Waits for a free pair, first come first served."""
-        if self._free and not self._waiting:
-            return BufferPair(self, *self._free.popleft())
-        turn: asyncio.Future[tuple[memoryview, memoryview]] = asyncio.get_running_loop().create_future()
+        if self._free:
+            return BufferPair(self, self._free.popleft())
+        turn: asyncio.Future[_Pair] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
-            pair = await turn
+            return BufferPair(self, await turn)
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.give_back(turn.result())
-            elif turn in self._waiting:
+            if turn in self._waiting:
                 self._waiting.remove(turn)
+            elif not turn.cancelled():
+                self.give_back(turn.result())
             raise
-        return BufferPair(self, *pair)
 
-    def give_back(self, pair: tuple[memoryview, memoryview]) -> None:
-        # why: a pair goes from hand to hand; one that lay free for a moment could be taken by whoever comes first.
+    def give_back(self, pair: _Pair) -> None:
+        """To whoever waits longest, else it is free."""
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
@@ -56,9 +55,8 @@ class FrameBuffers:
 class BufferPair:
     """Two buffers on loan. They go back together, when everybody who holds the pair has released it."""
 
-    def __init__(self, owner: FrameBuffers, window: memoryview, packing: memoryview) -> None:
-        self.window = window
-        self.packing = packing
+    def __init__(self, owner: FrameBuffers, pair: _Pair) -> None:
+        self.window, self.packing = self._pair = pair
         self._owner = owner
         self._holders = 1
 
@@ -68,7 +66,7 @@ class BufferPair:
     def release(self) -> None:
         self._holders -= 1
         if self._holders == 0:
-            self._owner.give_back((self.window, self.packing))
+            self._owner.give_back(self._pair)
 
 
 def _buffer() -> memoryview:

@@ -9,8 +9,9 @@ from typing import Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mobility_agent.errors import AgentStateDamaged, NotProtected
-from protocol.control import AgentOrders, Disk, DiskIdentity, Path
+from mobility_agent.disk_identity import have_same_mark
+from mobility_agent.errors import AgentStateDamaged, AlreadyProtected, NotProtected, TooManyDisks
+from protocol.control import DISKS_PER_MACHINE_MAX, AgentOrders, Disk, DiskIdentity, Path
 from runtime.directory import DurableDirectory
 
 PROTECTION_FILE: Final = "protection.json"
@@ -53,10 +54,18 @@ class Protection(BaseModel):
         return Protection(disks=tuple(disk for disk in self.disks if disk.path != path))
 
     def protecting(self, path: str, identity: DiskIdentity) -> Protection:
-        """With the disk at `path` protected; the same where it is already."""
+        """With the disk at `path` protected; the same where it is already.
+
+        Raises AlreadyProtected (under another path), TooManyDisks.
+        """
         known = self.at(path)
         if known is not None and known.release is None:
             return self
+        for other in self.disks:
+            if other.path != path and have_same_mark(other.identity, identity):
+                raise AlreadyProtected(path=path, other=other.path)
+        if known is None and len(self.disks) >= DISKS_PER_MACHINE_MAX:
+            raise TooManyDisks(limit=DISKS_PER_MACHINE_MAX)
         disk = None if known is None else known.disk
         return self.having(ProtectedDisk(path=path, identity=identity, disk=disk))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -21,6 +22,9 @@ from protocol.errors import RefusedByPeer, ReplicationError
 
 if TYPE_CHECKING:
     from mobility_agent.service import ProtectionStatus
+
+_CODE: Final = re.compile(r"[a-z0-9-]{1,64}")
+"""What the control plane takes as an error's code; a peer may have sent anything."""
 
 _STATES: Final = {
     State.INITIAL_REPLICATION: DiskState.INITIAL_REPLICATION,
@@ -59,7 +63,9 @@ def disk_state(status: DiskStatus) -> DiskState:
 
 
 def fault_report(error: ReplicationError) -> FaultReport:
-    code = str(error.fields["peer_code"]) if isinstance(error, RefusedByPeer) else error.code
+    code = error.code
+    if isinstance(error, RefusedByPeer) and _CODE.fullmatch(str(error.fields["peer_code"])):
+        code = str(error.fields["peer_code"])
     return FaultReport(code=code, detail=str(error)[:DETAIL_LENGTH_MAX], hint=error.hint[:DETAIL_LENGTH_MAX])
 
 

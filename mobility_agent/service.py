@@ -17,9 +17,11 @@ import structlog
 from mobility_agent.blocking import blocking
 from mobility_agent.disk_history import forget_disk
 from mobility_agent.disk_ports import DiskPorts
+from mobility_agent.errors import AgentStateDamaged
 from mobility_agent.frame_buffers import FrameBuffers
 from mobility_agent.ports import Connect, DrawRandom, OpenSource
 from mobility_agent.protection import (
+    PROTECTION_FILE,
     ProtectedDisk,
     Protection,
     Release,
@@ -347,7 +349,7 @@ class AgentService:
             try:
                 self._take_orders(await self._control.report(agent_report(self._machine, self.protection)))
                 await self._keep_orders()
-            except (ReplicationError, OSError) as error:
+            except ReplicationError as error:
                 self._control_failed(error)
             heartbeat = self.limits.heartbeat_seconds if self._orders is None else self._orders.heartbeat_seconds
             try:
@@ -365,7 +367,7 @@ class AgentService:
                     continue
                 self._take_orders(orders)
                 await self._keep_orders()
-            except (ReplicationError, OSError) as error:
+            except ReplicationError as error:
                 self._control_failed(error)
                 await asyncio.sleep(CONTROL_RETRY_SECONDS)
 
@@ -384,14 +386,17 @@ class AgentService:
         orders = self._orders
         if orders is None or orders.revision == self._kept_revision:
             return
-        await blocking(self._executor, lambda: write_orders(self._directory, orders))
+        try:
+            await blocking(self._executor, lambda: write_orders(self._directory, orders))
+        except OSError as error:
+            log.warning("orders not kept for the next start", error=str(error))
+            return
         self._kept_revision = orders.revision
 
-    def _control_failed(self, error: ReplicationError | OSError) -> None:
-        fault = error if isinstance(error, ReplicationError) else None
+    def _control_failed(self, error: ReplicationError) -> None:
         if self._control_error is None:
-            log.warning("configuration server", error=str(error), hint=fault.hint if fault else "")
-        self._control_error = fault or self._control_error
+            log.warning("configuration server", error=str(error), hint=error.hint)
+        self._control_error = error
 
     async def _settle_intents(self) -> None:
         """Registers what is new and ends what is released, as far as the configuration server can be reached."""
@@ -424,12 +429,18 @@ class AgentService:
                 self._changed.set()
                 return
             await self._control.unregister_disk(disk, keep_data=release == "keep")
-            await blocking(self._executor, lambda: forget_disk(self._directory, disk))
+            await self._forget(disk)
         async with self._intent:
             protection = await self._load()
             if protection.at(entry.path) == entry:
                 await self._save(protection.without(entry.path))
         log.info("released", path=entry.path, disk=disk, points=release)
+
+    async def _forget(self, disk: DiskId) -> None:
+        try:
+            await blocking(self._executor, lambda: forget_disk(self._directory, disk))
+        except OSError as error:
+            raise AgentStateDamaged(name=disk, reason=error.strerror or str(error)) from error
 
     async def _load(self) -> Protection:
         """The intent; read once."""
@@ -438,7 +449,10 @@ class AgentService:
         return self._protection
 
     async def _save(self, protection: Protection) -> None:
-        await blocking(self._executor, lambda: write_protection(self._directory, protection))
+        try:
+            await blocking(self._executor, lambda: write_protection(self._directory, protection))
+        except OSError as error:
+            raise AgentStateDamaged(name=PROTECTION_FILE, reason=error.strerror or str(error)) from error
         self._protection = protection
         self._changed.set()
         self._report_wanted.set()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from mobility_agent.errors import DiskVanished, NotProtected
+from mobility_agent.errors import AlreadyProtected, DiskVanished, NotProtected, TooManyDisks
 from protocol.control import DiskState
 from protocol.messages import CloseDisk
 from protocol.vocabulary import Consistency
@@ -329,7 +331,6 @@ async def test_a_revoked_process_server_is_not_talked_to(bench: Bench) -> None:
 
 
 async def test_payloads_are_compressed_at_the_agent_when_asked(bench: Bench) -> None:
-    from dataclasses import replace
 
     bench.image.write_bytes(b"compressible " * 300_000)
     async with bench.agent(replace(QUICK, compress_at_agent=True)) as service:
@@ -339,3 +340,55 @@ async def test_payloads_are_compressed_at_the_agent_when_asked(bench: Bench) -> 
         assert status is not None
         assert status.sent_bytes < 100_000
     assert bench.recovered == bench.contents
+
+
+async def test_two_paths_to_one_disk_are_not_two_disks(bench: Bench) -> None:
+    bench.write_image(MIB)
+    link = bench.image.with_name("link.img")
+    link.symlink_to(bench.image)
+    async with bench.agent() as service:
+        await service.protect(str(bench.image))
+        with pytest.raises(AlreadyProtected) as caught:
+            await service.protect(str(link))
+        assert caught.value.fields["other"] == str(bench.image)
+
+
+async def test_a_machine_has_a_bounded_number_of_disks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mobility_agent.protection.DISKS_PER_MACHINE_MAX", 1)
+    bench.write_image(MIB)
+    other = bench.image.with_name("other.img")
+    other.write_bytes(bytes(MIB))
+    async with bench.agent() as service:
+        await service.protect(str(bench.image))
+        with pytest.raises(TooManyDisks):
+            await service.protect(str(other))
+
+
+async def test_whatever_a_peer_calls_its_refusal_the_report_can_be_sent(bench: Bench) -> None:
+    bench.write_image(MIB)
+    bench.server.refusal = CloseDisk(channel=0, code="Not A Code!", detail="x" * 1000, is_retryable=False)
+    async with bench.agent() as service:
+        await service.protect(str(bench.image))
+        await bench.server.until(
+            lambda: any(disk.error is not None for report in bench.control.reports for disk in report.disks)
+        )
+    errors = [disk.error for report in bench.control.reports for disk in report.disks if disk.error is not None]
+    assert errors[-1].code == "refused-by-peer"
+
+
+async def test_many_disks_share_few_buffers_and_one_connection(bench: Bench) -> None:
+    bench.write_image(MIB)
+    images = [bench.image.with_name(f"disk-{number}.img") for number in range(8)]
+    for number, image in enumerate(images):
+        image.write_bytes(bytes([number + 1]) * (3 * MIB + number))
+    async with bench.agent(replace(QUICK, frame_buffers=2)) as service:
+        for image in images:
+            await service.protect(str(image))
+        await bench.server.until(
+            lambda: len(bench.server.disks) == 8 and all(disk.points() for disk in bench.server.disks.values())
+        )
+        for status in service.protection:
+            assert status.disk is not None
+            contents = images[int(status.path[-5])].read_bytes()
+            assert bench.server.disks[status.disk].image(len(contents)) == contents
+    assert bench.server.connections == 1
