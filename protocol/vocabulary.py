@@ -100,7 +100,7 @@ EXTENT_DTYPE: Final = numpy.dtype([("offset", "<u8"), ("length", "<u4"), ("kind"
 """One row of an extent table, 16 bytes on the wire, in the cache and in storage alike. reserved is zero."""
 
 ExtentTable = numpy.typing.NDArray[numpy.void]
-"""A one-dimensional array of EXTENT_DTYPE. Rows are in the order of application; within one frame they never overlap."""
+"""A one-dimensional array of EXTENT_DTYPE. Rows are in the order of application; in one frame they never overlap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,9 +142,9 @@ def extents_of(table: ExtentTable) -> list[Extent]:
 def check_extent_table(table: ExtentTable, *, raw_bytes: int, disk_size_bytes: int | None = None) -> None:
     """The rules that every extent table obeys, whoever sent it; vectorised, a few microseconds.
 
-    Raises InvalidValue unless: there are at most FRAME_EXTENTS_MAX rows; every length is 1..EXTENT_LENGTH_BYTES_MAX; every
-    kind is a ChangeKind; reserved is zero; rows are sorted by offset and do not overlap; the last ends within the disk
-    (DISK_SIZE_BYTES_MAX if its size is not known here); the DATA lengths add up to raw_bytes.
+    Raises InvalidValue unless: there are at most FRAME_EXTENTS_MAX rows; every length is 1..EXTENT_LENGTH_BYTES_MAX;
+    every kind is a ChangeKind; reserved is zero; rows are sorted by offset and do not overlap; the last ends within the
+    disk (DISK_SIZE_BYTES_MAX if its size is not known here); the DATA lengths add up to raw_bytes.
     """
     if len(table) > FRAME_EXTENTS_MAX:
         raise InvalidValue(what="extent count", value=len(table), rule=f"must be at most {FRAME_EXTENTS_MAX}")
@@ -189,8 +189,8 @@ class Bookmark:
 class ChangeSetEnd:
     """What the last frame of a change set states about the position that it completes.
 
-    copy_in_cursor_bytes: all of [0, cursor) has been copied in by the running copy-in; None when none runs. A welcome gives
-    back the newest durable one. bookmark only with a settled consistency: an unsettled image never gets a point.
+    copy_in_cursor_bytes: all of [0, cursor) has been copied in by the running copy-in; None when none runs. A welcome
+    gives back the newest durable one. bookmark only with a settled consistency: an unsettled image never gets a point.
     """
 
     consistency: Consistency
