@@ -20,14 +20,24 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from protocol.control import CertificateBundle
 from protocol.control_errors import CertificateRequestInvalid
-from protocol.enrollment import COMMON_NAME_LENGTH_MAX, public_key_hash
+from protocol.enrollment import common_name, public_key_hash
 from protocol.errors import MalformedInput
-from protocol.vocabulary import PeerIdentity, VaultId
+from protocol.vocabulary import PeerIdentity, Role, VaultId
 
 LEAF_LIFETIME: Final = datetime.timedelta(days=14)
 AUTHORITY_LIFETIME: Final = datetime.timedelta(days=3650)
 BACKDATED: Final = datetime.timedelta(minutes=5)
 """By how much the newcomer's clock may be behind."""
+
+_CLIENT: Final = ExtendedKeyUsageOID.CLIENT_AUTH
+_SERVER: Final = ExtendedKeyUsageOID.SERVER_AUTH
+USAGES: Final = {
+    Role.AGENT: (_CLIENT,),
+    Role.PROCESS_SERVER: (_CLIENT, _SERVER),
+    Role.RECOVERY_WORKER: (_CLIENT,),
+    Role.CONFIGURATION_SERVER: (_SERVER,),
+}
+"""Who only calls cannot pass for somebody who is called, whatever name it gave itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,21 +122,26 @@ class CertificateAuthority:
         Raises CertificateRequestInvalid.
         """
         names = [x509.UniformResourceIdentifier(identity.uri), *(_general_name(one) for one in server_names)]
-        return self._sign(_requested_key(request_pem), x509.SubjectAlternativeName(names), name, now_ns)
+        extensions = (x509.SubjectAlternativeName(names), x509.ExtendedKeyUsage(USAGES[identity.role]))
+        return self._sign(_requested_key(request_pem), extensions, common_name(name), now_ns)
 
     def bundle(self, issued: IssuedCertificate) -> CertificateBundle:
         return CertificateBundle(certificate_pem=issued.certificate_pem, authority_pem=self.certificate_pem.decode())
 
     def _sign(
-        self, public_key: ec.EllipticCurvePublicKey, names: x509.SubjectAlternativeName, name: str, now_ns: int
+        self,
+        public_key: ec.EllipticCurvePublicKey,
+        extensions: tuple[x509.SubjectAlternativeName, x509.ExtendedKeyUsage],
+        subject: x509.Name,
+        now_ns: int,
     ) -> IssuedCertificate:
         serial = x509.random_serial_number()
         begin = _instant(now_ns) - BACKDATED
         end = begin + BACKDATED + LEAF_LIFETIME
-        usages = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH])
+        names, usages = extensions
         certificate = (
             x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:COMMON_NAME_LENGTH_MAX])]))
+            .subject_name(subject)
             .issuer_name(self._certificate.subject)
             .public_key(public_key)
             .serial_number(serial)

@@ -33,7 +33,8 @@ IDENTITY_FILE: Final = "identity.json"
 """Written last: a state directory that has it is enrolled."""
 
 IDENTITY_FORMAT: Final = 1
-COMMON_NAME_LENGTH_MAX: Final = 64
+COMMON_NAME_BYTES_MAX: Final = 64
+"""X.509's ub-common-name, which the library counts in bytes of UTF-8."""
 
 
 def _check_enrollable(role: Role) -> Role:
@@ -141,11 +142,16 @@ class CertificateKey:
     request_pem: str
 
 
+def common_name(name: str) -> x509.Name:
+    """`name` as a certificate's subject, for people only: cut to what fits."""
+    fitting = name.encode(errors="replace")[:COMMON_NAME_BYTES_MAX].decode(errors="ignore")
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, fitting)])
+
+
 def make_certificate_key(name: str) -> CertificateKey:
     """A new ECDSA P-256 key; `name` is for people only: the authority decides what the certificate says."""
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:COMMON_NAME_LENGTH_MAX])])
-    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+    request = x509.CertificateSigningRequestBuilder().subject_name(common_name(name)).sign(key, hashes.SHA256())
     return CertificateKey(
         key_pem=_private_pem(key).decode(), request_pem=request.public_bytes(serialization.Encoding.PEM).decode()
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from config_server.installation import initialise
 from protocol.control_errors import (
@@ -321,3 +323,51 @@ async def test_another_vaults_server_does_not_pass_for_this_one(tmp_path: Path) 
 def _names(certificate: x509.Certificate) -> list[str]:
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return names.get_values_for_type(x509.UniformResourceIdentifier)
+
+
+@pytest.mark.parametrize("role", [Role.AGENT, Role.PROCESS_SERVER])
+async def test_a_member_that_calls_itself_like_the_server_does_not_pass_for_it(tmp_path: Path, role: Role) -> None:
+    """The name is the newcomer's own choice; who waits at the server's address with it must not get the admin token."""
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(await reader.read(1024))
+        writer.close()
+
+    heard: list[bytes] = []
+    async with running_server(tmp_path / "server") as server:
+        await server.enroll(role, tmp_path / "member", name="localhost")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tmp_path / "member" / CREDENTIALS_FILE)
+        impostor = await asyncio.start_server(take, "127.0.0.1", 0, ssl=context)
+        async with impostor:
+            operator = OperatorClient(
+                server_url=f"https://localhost:{impostor.sockets[0].getsockname()[1]}",
+                authority_pem=server.authority_pem,
+                admin_token=server.admin_token,
+            )
+            async with operator:
+                with pytest.raises(ServerNotTrusted):
+                    await operator.machines()
+    assert heard in ([], [b""])
+
+
+async def test_a_certificate_is_good_for_no_more_than_its_role_does(tmp_path: Path) -> None:
+    async with running_server(tmp_path / "server") as server:
+        usages = {}
+        for role in (Role.AGENT, Role.PROCESS_SERVER, Role.RECOVERY_WORKER):
+            await server.enroll(role, tmp_path / role.value)
+            certificate = x509.load_pem_x509_certificate((tmp_path / role.value / CREDENTIALS_FILE).read_bytes())
+            usages[role] = set(certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
+    client, server_side = ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH
+    assert usages == {
+        Role.AGENT: {client},
+        Role.PROCESS_SERVER: {client, server_side},
+        Role.RECOVERY_WORKER: {client},
+    }
+
+
+async def test_a_long_name_of_letters_that_take_two_bytes_each_is_cut_and_joins(tmp_path: Path) -> None:
+    name = "ä" * 200
+    async with running_server(tmp_path / "server") as server, server.operator() as operator:
+        await server.enroll(Role.AGENT, tmp_path / "agent", name=name)
+        assert [machine.name for machine in (await operator.machines()).machines] == [name]
