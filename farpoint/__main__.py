@@ -9,6 +9,7 @@ from farpoint.listing_commands import disks_command, machines_command, points_co
 from farpoint.recover_command import recover_command
 from farpoint.settings import PROGRAM, FarpointSettings
 from farpoint.token_commands import token_group
+from farpoint.up_command import up_command
 from farpoint.vault_commands import vault_group
 from runtime.command_line import ProgramGroup, config_commands
 from runtime.logs import LogSettings, configure_logs
@@ -29,6 +30,7 @@ for command in (
     disks_command,
     points_command,
     recover_command,
+    up_command,
     demo_command,
     config_commands(FarpointSettings, PROGRAM),
 ):

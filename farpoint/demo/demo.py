@@ -51,7 +51,7 @@ class Demo:
         image = source_image(self._places.disk_image, size_bytes=self._size_bytes)
         if image.kind != "ext4":
             notice("mkfs.ext4 is missing here: the source is a plain image of real file contents")
-        notice(f"making a {image.kind} image of {self._size_bytes >> 20} MiB from real files")
+        notice(f"making an image ({image.kind}) of {self._size_bytes >> 20} MiB from real files")
         await _blocking(image.make)
         await _blocking(copy_sparse, self._places.disk_image, self._places.source(1))
         async with Programs(self._places.logs) as programs:

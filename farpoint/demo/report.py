@@ -77,12 +77,12 @@ class DemoResult:
             "allocated_bytes": self.allocated_bytes,
             "changes": self.changes,
             "phases": {
-                phase.name: {
+                phase.name.replace(" ", "_"): {
                     "seconds": round(phase.seconds, 2),
                     "bytes_read": phase.counts.read_bytes,
                     "bytes_sent": phase.counts.sent_bytes,
                     "bytes_stored": phase.counts.stored_bytes,
-                    "cpu_seconds": phase.counts.cpu_seconds,
+                    "cpu_seconds": round(phase.counts.cpu_seconds, 2),
                     "ratio_stored_to_sent": _ratio(phase.counts.stored_bytes, phase.counts.sent_bytes),
                     "ratio_sent_to_useful": _ratio(phase.counts.sent_bytes, phase.useful_bytes),
                 }
