@@ -1,12 +1,14 @@
 """Opens the database, brings its schema up to date, and hands out transactions.
 
 One writer at a time: a writing transaction holds the database from its first statement, so what it reads cannot change
-under it. What `writing()` has left without an error survives power loss.
+under it. What `writing()` has left without an error survives power loss. The file is its owner's only: it holds what
+proofs of join tokens are checked with.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from config_server.errors import DatabaseFault, DatabaseTooNew
+from runtime.local_directory import FILE_MODE
 
 BUSY_MILLISECONDS_MAX: Final = 10_000
 READERS_MAX: Final = 8
@@ -61,6 +64,7 @@ async def open_database(path: Path) -> Database:
 
     Raises DatabaseTooNew if a newer program has been at it, DatabaseFault if it cannot be used.
     """
+    await asyncio.get_running_loop().run_in_executor(None, _keep_private, path)
     engine = create_async_engine(f"sqlite+aiosqlite:///{path}", pool_size=READERS_MAX, max_overflow=0)
     _attach_sqlite_rules(engine)
     try:
@@ -74,6 +78,18 @@ async def open_database(path: Path) -> Database:
         await engine.dispose()
         raise
     return Database(engine)
+
+
+def _keep_private(path: Path) -> None:
+    """SQLite makes a new file as the umask says, and the two files beside it like the file itself."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+        try:
+            os.fchmod(descriptor, FILE_MODE)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise DatabaseFault(reason=error.strerror) from error
 
 
 def _attach_sqlite_rules(engine: AsyncEngine) -> None:

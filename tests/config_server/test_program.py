@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import random
 import signal
 import socket
@@ -23,6 +24,7 @@ from click.testing import CliRunner
 from sqlalchemy import create_engine
 
 from config_server.__main__ import main
+from config_server.database.disks import list_disks
 from config_server.database.engine import open_database
 from config_server.database.schema import metadata
 from config_server.errors import (
@@ -193,6 +195,21 @@ async def test_two_servers_never_share_a_directory(tmp_path: Path) -> None:
         with pytest.RaisesGroup(StateLocked):
             async with running_server(tmp_path / "server"):
                 pass
+
+
+async def test_the_database_is_its_owners_only_whatever_the_umask_and_the_directory_say(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    previous = os.umask(0o022)
+    try:
+        database = await open_database(tmp_path / DATABASE_FILE)
+        async with database.writing() as connection:
+            await list_disks(connection)
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+        await database.close()
+    finally:
+        os.umask(previous)
+    assert DATABASE_FILE in modes
+    assert set(modes.values()) == {0o600}
 
 
 async def test_a_database_of_a_newer_program_is_left_alone(tmp_path: Path) -> None:
