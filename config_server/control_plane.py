@@ -10,11 +10,12 @@ import secrets
 from collections.abc import Awaitable, Callable, Collection
 from typing import TypeVar
 
+import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from config_server.announcements import Announcements
 from config_server.clock import ServerClock
-from config_server.core.recovery_points import is_news
+from config_server.core.recovery_points import Statement, judge
 from config_server.core.registry import match_disk
 from config_server.core.server_clock import ServerClockState, date_instant
 from config_server.database.disks import (
@@ -45,7 +46,13 @@ from config_server.database.members import (
     record_agent_report,
     record_process_server_report,
 )
-from config_server.database.points import add_point, complete_publications, find_newest_point, find_point
+from config_server.database.points import (
+    add_point,
+    complete_publications,
+    find_newest_point,
+    find_point,
+    is_point_named,
+)
 from config_server.reconciler import Reconciler
 from protocol.control import (
     DISKS_PER_MACHINE_MAX,
@@ -61,6 +68,8 @@ from protocol.control import (
 from protocol.control_errors import ResourceNotFound, TooManyDisks
 from protocol.errors import CertificateRefused, NotPermitted
 from protocol.vocabulary import DiskId, MachineId, ProcessServerId, VaultId
+
+log = structlog.get_logger(__name__)
 
 _Orders = TypeVar("_Orders", AgentOrders, ProcessServerOrders)
 
@@ -148,8 +157,7 @@ class ControlPlane:
     async def process_server_report(
         self, process_server: ProcessServerId, report: ProcessServerReport, certificate: StoredCertificate
     ) -> ProcessServerOrders:
-        """Raises NotPermitted for an epoch that was not granted to it, RequestInvalid for a point that was reported
-        otherwise before; then nothing of the report is recorded."""
+        """Raises NotPermitted for an epoch that was not granted to it; then nothing of the report is recorded."""
         clock = await self._clock.tick()
         now_ns = clock.tick_ns
         async with self._database.writing() as connection:
@@ -239,11 +247,18 @@ class ControlPlane:
         disks = await find_disks(connection, [point.disk for point in points])
         for point in sorted(points, key=lambda one: (one.disk, one.epoch, one.sequence)):
             recorded = await find_point(connection, point.point, point.disk)
-            if not is_news(point, None if recorded is None else recorded.point):
+            statement = judge(point, None if recorded is None else recorded.point)
+            if statement is Statement.CONTRADICTION:
+                log.error("a point was reported otherwise before", point=point.point, disk=point.disk)
+            if statement is not Statement.NEWS:
                 continue
             previous = await find_newest_point(connection, point.disk, before=(point.epoch, point.sequence))
             dated = date_instant(point.instant_ns, clock.spans, None if previous is None else previous.dated)
+            is_name_taken = await is_point_named(connection, point.point)
             await add_point(connection, point, clock_generation=dated.generation, now_ns=clock.tick_ns)
+            if is_name_taken:
+                log.error("another disk has a point of this name; it is not published", point=point.point)
+                continue
             machine = disks[point.disk].machine
             await self._reconciler.order_point(connection, point, machine, now_ns=clock.tick_ns)
 

@@ -1,23 +1,31 @@
 """Which reported bookmarks become recovery points, and what is signed about them.
 
-A point is recorded once. The same report again changes nothing; another statement under the same name is refused.
+A point is recorded once. The same report again changes nothing, and neither does another statement under the same name:
+agents choose the names, and no agent may spoil the report in which a process server speaks for all of them.
 """
 
 from __future__ import annotations
 
+import enum
+
 from protocol.control import CommittedPoint
-from protocol.control_errors import RequestInvalid
 from protocol.signed_records import PointMember, PointRecord
 from protocol.vocabulary import MachineId, VaultId
 
 
-def is_news(reported: CommittedPoint, recorded: CommittedPoint | None) -> bool:
-    """Whether it is to be recorded. Raises RequestInvalid if something else was recorded under its name."""
+class Statement(enum.Enum):
+    """What a reported point is beside what was recorded under its name for its disk."""
+
+    NEWS = "news"
+    REPEAT = "repeat"
+    CONTRADICTION = "contradiction"
+    """The first statement counts: it may have been signed and published."""
+
+
+def judge(reported: CommittedPoint, recorded: CommittedPoint | None) -> Statement:
     if recorded is None:
-        return True
-    if recorded != reported:
-        raise RequestInvalid(reason=f"point {reported.point} of disk {reported.disk} was reported otherwise before")
-    return False
+        return Statement.NEWS
+    return Statement.REPEAT if recorded == reported else Statement.CONTRADICTION
 
 
 def point_record(point: CommittedPoint, *, vault: VaultId, machine: MachineId) -> PointRecord:

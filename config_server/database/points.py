@@ -44,6 +44,12 @@ async def find_point(connection: AsyncConnection, point: PointId, disk: DiskId) 
     return None if row is None else _point(row)
 
 
+async def is_point_named(connection: AsyncConnection, point: PointId) -> bool:
+    """Whether any disk has a point of this name: storage has one object for it."""
+    query = select(points.c.point).where(points.c.point == point).limit(1)
+    return (await connection.execute(query)).one_or_none() is not None
+
+
 async def find_newest_point(
     connection: AsyncConnection, disk: DiskId, *, before: tuple[int, int] | None = None
 ) -> StoredPoint | None:

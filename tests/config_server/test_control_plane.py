@@ -16,7 +16,6 @@ from protocol.control import (
 from protocol.control_errors import (
     DiskChanged,
     DiskOfAnotherMachine,
-    RequestInvalid,
     ResourceNotFound,
     ServerUnwell,
 )
@@ -164,7 +163,8 @@ async def test_a_committed_bookmark_becomes_a_signed_point_that_is_ordered_until
     assert 0 <= disk.rpo.age_seconds < 60
 
 
-async def test_another_statement_under_the_same_points_name_is_refused_whole(tmp_path: Path) -> None:
+async def test_another_statement_under_a_points_name_changes_nothing_and_spoils_no_report(tmp_path: Path) -> None:
+    """Agents choose the names of points; a process server repeats a report that was refused for ever."""
     async with (
         running_server(tmp_path / "server") as server,
         await server.process_server(tmp_path / "ps") as process_server,
@@ -176,11 +176,36 @@ async def test_another_statement_under_the_same_points_name_is_refused_whole(tmp
         first = committed_point(disk, instant_ns=1)
         await process_server.report(process_server_report(committed_points=(first,)))
         news = committed_point(disk, point="b", instant_ns=2, sequence=4)
-        with pytest.raises(RequestInvalid):
-            await process_server.report(
-                process_server_report(committed_points=(news, first.model_copy(update={"sequence": 6})))
+        await process_server.report(
+            process_server_report(committed_points=(news, first.model_copy(update={"sequence": 6})))
+        )
+        points = (await operator.points()).points
+        assert {(one.point, one.sequence) for one in points} == {
+            (first.point, first.sequence),
+            (news.point, news.sequence),
+        }
+
+
+async def test_a_points_name_that_two_disks_use_is_published_for_the_first_and_spoils_no_report(tmp_path: Path) -> None:
+    async with (
+        running_server(tmp_path / "server") as server,
+        await server.process_server(tmp_path / "ps") as process_server,
+        await server.agent(tmp_path / "one") as one,
+        await server.agent(tmp_path / "two") as two,
+        server.operator() as operator,
+    ):
+        await process_server.report(process_server_report())
+        disks = [(await agent.register_disk(registration())).disk for agent in (one, two)]
+        for disk in disks:
+            orders = await process_server.report(
+                process_server_report(committed_points=(committed_point(disk, instant_ns=1),))
             )
-        assert [one.point for one in (await operator.points()).points] == [first.point]
+        published = [order for order in orders.orders if isinstance(order, PublishPoint)]
+        assert {point.disk for point in (await operator.points()).points} == set(disks)
+    authority = AUTHORITY_KEY.public_key
+    assert [[member.disk for member in verify_point(order.record, authority).members] for order in published] == [
+        [disks[0]]
+    ]
 
 
 async def test_a_machines_description_is_published_anew_when_it_changes_and_only_then(tmp_path: Path) -> None:
