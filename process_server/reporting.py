@@ -23,7 +23,7 @@ from process_server.disk_history import DiskHistory
 from process_server.errors import StateUnreadable
 from process_server.grants import GrantBook, save_grants
 from process_server.metrics import ProcessServerMetrics
-from process_server.server_clock import ServerClock
+from process_server.server_clock import KEEP_SECONDS, ServerClock, save_clock
 from process_server.uploader import Uploader
 from protocol.control import (
     COMMITTED_POINTS_PER_REPORT_MAX,
@@ -115,6 +115,7 @@ class Reporter:
             group.create_task(self._report_again_and_again())
             group.create_task(self._listen_for_orders())
             group.create_task(self._carry_out_orders())
+            group.create_task(self._keep_clock())
 
     async def report_once(self) -> None:
         """One report, answered on return: what it contained need not be told again. Raises as the control does."""
@@ -164,6 +165,18 @@ class Reporter:
         if self.is_connected:
             _log.warning("configuration server is away", code=error.code, reason=str(error))
         self.is_connected = False
+
+    async def _keep_clock(self) -> None:
+        """For a restart while the configuration server is away: without an instant there is no point."""
+        loop = asyncio.get_running_loop()
+        while True:
+            instant_ns = self._clock.instant_ns()
+            if instant_ns is not None:
+                try:
+                    await loop.run_in_executor(self._executor, save_clock, self._state, instant_ns)
+                except OSError as error:
+                    _log.error("the server's clock cannot be kept", reason=str(error))
+            await asyncio.sleep(KEEP_SECONDS)
 
     # orders
 

@@ -1,11 +1,26 @@
 """The configuration server's clock as this process server knows it: its last answer, and what has passed since.
 
-Invariants: never this machine's wall clock; None until the server was heard once; what agents are told never goes back.
+Invariants: never this machine's wall clock; None until the server was heard once, by this run or an earlier one; what
+agents are told is never later than the server's clock shows, and never goes back, over restarts neither.
 """
 
 from __future__ import annotations
 
+from typing import Final, cast
+
+import msgpack  # type: ignore[import-untyped]
+
+from process_server.errors import StateUnreadable
+from protocol.errors import InvalidValue
+from protocol.vocabulary import check_range
 from runtime.clock import Clock
+from runtime.directory import DurableDirectory
+
+CLOCK_FILE: Final = "server-clock"
+KEEP_SECONDS: Final = 5.0
+"""What agents are told is kept so often, for a restart while the server is away."""
+SILENCE_SECONDS: Final = 2 * KEEP_SECONDS
+"""So long a restarted program tells nothing unless it hears the server: longer than it told anything unkept."""
 
 
 class ServerClock:
@@ -16,17 +31,43 @@ class ServerClock:
         self._heard_ns: int | None = None
         self._heard_at_seconds = 0.0
         self._told_ns = 0
+        self._silent_until_seconds: float | None = None
 
     def heard(self, now_ns: int) -> None:
         """The server's clock showed this when it answered, some moments ago: the error is on the early side."""
         self._heard_ns = now_ns
         self._heard_at_seconds = self._clock.monotonic_seconds()
+        self._silent_until_seconds = None
+
+    def resume(self, kept_ns: int) -> None:
+        """An earlier run told this: the server's clock shows at least as much now, and time passes for it too."""
+        self.heard(kept_ns)
+        self._told_ns = kept_ns
+        self._silent_until_seconds = self._heard_at_seconds + SILENCE_SECONDS
 
     def instant_ns(self) -> int | None:
-        """Nanoseconds since the Unix epoch by the server's clock, None if it was never heard."""
+        """Nanoseconds since the Unix epoch by the server's clock, None if it is not known."""
         if self._heard_ns is None:
             return None
-        passed_seconds = self._clock.monotonic_seconds() - self._heard_at_seconds
+        now_seconds = self._clock.monotonic_seconds()
+        if self._silent_until_seconds is not None and now_seconds < self._silent_until_seconds:
+            return None
+        passed_seconds = now_seconds - self._heard_at_seconds
         # why: a server whose clock was set back must not make points older than those before them.
         self._told_ns = max(self._told_ns, self._heard_ns + int(passed_seconds * 1e9))
         return self._told_ns
+
+
+def save_clock(state: DurableDirectory, instant_ns: int) -> None:
+    """Durable on return. Raises OSError."""
+    state.replace(CLOCK_FILE, cast(bytes, msgpack.packb(instant_ns)))
+
+
+def load_clock(state: DurableDirectory) -> int | None:
+    """What was saved, None if nothing was. Raises OSError, StateUnreadable."""
+    try:
+        return check_range(msgpack.unpackb(state.read(CLOCK_FILE)), "instant_ns", low=0, high=2**63 - 1)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, InvalidValue, msgpack.UnpackException) as error:
+        raise StateUnreadable(name=CLOCK_FILE, reason=str(error)) from error

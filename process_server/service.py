@@ -33,7 +33,7 @@ from process_server.opening import DiskOpener
 from process_server.receiver import AgentConnection, ReceiverTools
 from process_server.reporting import Reporter, ReportingSubject, load_revoked
 from process_server.sealer import Sealer
-from process_server.server_clock import ServerClock
+from process_server.server_clock import ServerClock, load_clock
 from process_server.settings import ProcessServerLimits
 from process_server.uploader import Uploader, UploadRules
 from process_server.vault_key import VaultKey
@@ -222,9 +222,12 @@ class ProcessServer:
         try:
             signed = await self._run(lambda: load_grants(state))
             self._reporter.revoked = await self._run(lambda: load_revoked(state))
+            kept_ns = await self._run(lambda: load_clock(state))
         except OSError as error:
             raise CacheFault(name="state", reason=str(error)) from error
         self._grants.take(signed)
+        if kept_ns is not None:
+            self._server_clock.resume(kept_ns)
         self._ports.on_revoked(self._reporter.revoked)
 
     async def _recover(self) -> dict[DiskId, RecoveredDisk]:
