@@ -115,6 +115,9 @@ class AdmissionOffice:
             raise CertificateRefused(subject=identity.uri, reason="it is another vault's")
         if stored.is_revoked:
             raise CertificateRefused(subject=identity.uri, reason="it has been revoked")
+        # why: the handshake looked at the validity, but a connection can outlive it
+        if (await self._clock.tick()).tick_ns >= stored.valid_until_ns:
+            raise CertificateRefused(subject=identity.uri, reason="it has expired, by this server's clock")
         return stored
 
     async def renew(self, holder: StoredCertificate, request_pem: str) -> CertificateBundle:

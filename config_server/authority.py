@@ -27,7 +27,7 @@ from protocol.vocabulary import PeerIdentity, Role, VaultId
 LEAF_LIFETIME: Final = datetime.timedelta(days=14)
 AUTHORITY_LIFETIME: Final = datetime.timedelta(days=3650)
 BACKDATED: Final = datetime.timedelta(minutes=5)
-"""By how much the newcomer's clock may be behind."""
+"""By how much a newcomer's clock may be behind when the authority is new; a leaf is valid from where its authority is."""
 
 _CLIENT: Final = ExtendedKeyUsageOID.CLIENT_AUTH
 _SERVER: Final = ExtendedKeyUsageOID.SERVER_AUTH
@@ -136,8 +136,9 @@ class CertificateAuthority:
         now_ns: int,
     ) -> IssuedCertificate:
         serial = x509.random_serial_number()
-        begin = _instant(now_ns) - BACKDATED
-        end = begin + BACKDATED + LEAF_LIFETIME
+        # why: a renewal while this server's clock was ahead must not lock its holder out when the clock is right again
+        begin = self._certificate.not_valid_before_utc
+        end = max(begin, _instant(now_ns)) + LEAF_LIFETIME
         names, usages = extensions
         certificate = (
             x509.CertificateBuilder()

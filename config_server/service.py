@@ -43,6 +43,8 @@ from runtime.observability import ListenAddress, listening, observability_endpoi
 from runtime.service import StopSignal, notify_ready
 
 OBSERVE_SECONDS: Final = 15.0
+CERTIFICATE_CHECK_SECONDS: Final = 60.0
+"""How often this server looks whether its own certificate is due: a day of the wall clock is not one of waiting."""
 SHUTDOWN_SECONDS_MAX: Final = 5.0
 """How long requests in flight may take to end; long polls end at once."""
 
@@ -63,6 +65,7 @@ class ConfigServer:
         self._clock: Clock = clock or SystemClock()
         self._registry = registry or CollectorRegistry()
         self._faults: list[str] = ["starting"]
+        self._certified_ns = 0
 
     async def run(self, stop: StopSignal, *, on_ready: Callable[[ListenAddress], None] | None = None) -> None:
         """Serves until `stop` is set. on_ready is called with the address once requests are answered.
@@ -187,7 +190,10 @@ class ConfigServer:
 
     async def _keep_own_certificate(self, installation: Installation, context: ssl.SSLContext) -> None:
         while True:
-            await asyncio.sleep(self._settings.renew_after_seconds)
+            await asyncio.sleep(CERTIFICATE_CHECK_SECONDS)
+            age_seconds = (self._clock.now_ns() - self._certified_ns) / 1e9
+            if age_seconds < self._settings.renew_after_seconds:
+                continue
             try:
                 await self._renew_own_certificate(installation, context)
             except OSError as error:
@@ -196,17 +202,19 @@ class ConfigServer:
     async def _renew_own_certificate(self, installation: Installation, context: ssl.SSLContext) -> None:
         """At each start, and then as often as members do. Connections made from then on see the new one."""
         loop = asyncio.get_running_loop()
-        serial = await loop.run_in_executor(None, self._issue_own_certificate, installation, context)
+        now_ns = self._clock.now_ns()
+        serial = await loop.run_in_executor(None, self._issue_own_certificate, installation, context, now_ns)
+        self._certified_ns = now_ns
         log.info("own certificate issued", serial=serial, names=list(self._settings.all_server_names()))
 
-    def _issue_own_certificate(self, installation: Installation, context: ssl.SSLContext) -> str:
+    def _issue_own_certificate(self, installation: Installation, context: ssl.SSLContext, now_ns: int) -> str:
         names = self._settings.all_server_names()
         key = make_certificate_key("configuration server")
         issued = installation.authority.issue(
             key.request_pem,
             installation.identity,
             name="configuration server",
-            now_ns=self._clock.now_ns(),
+            now_ns=now_ns,
             server_names=names,
         )
         pair = credentials_pem(installation.authority.bundle(issued), key)

@@ -8,6 +8,7 @@ from typing import Annotated, Final
 
 from pydantic import Field, field_validator
 
+from config_server.authority import LEAF_LIFETIME
 from protocol.control import Seconds
 from runtime.logs import LogSettings
 from runtime.observability import ListenAddress, ObservabilitySettings
@@ -16,6 +17,8 @@ from runtime.settings import Settings
 DEFAULT_PORT: Final = 8443
 DEFAULT_OBSERVABILITY_ADDRESS: Final = "127.0.0.1:9466"
 SERVER_NAMES_MAX: Final = 64
+RENEW_AFTER_SECONDS_MAX: Final = LEAF_LIFETIME.total_seconds() / 2
+"""The rest of a certificate's life is for outages."""
 _ALL_INTERFACES: Final = ("0.0.0.0", "::")  # noqa: S104
 
 
@@ -30,7 +33,7 @@ class ConfigServerSettings(Settings):
     rpo_threshold_seconds: Seconds = 900.0
     copy_interval_seconds: Seconds = 60.0
     point_interval_seconds: Seconds = 300.0
-    renew_after_seconds: Seconds = 86400.0
+    renew_after_seconds: Annotated[Seconds, Field(le=RENEW_AFTER_SECONDS_MAX)] = 86400.0
     """The age at which members and this server itself renew their certificates."""
     log: LogSettings = LogSettings()
     observability: ObservabilitySettings = ObservabilitySettings(address=DEFAULT_OBSERVABILITY_ADDRESS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import os
 import ssl
 from pathlib import Path
@@ -12,6 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from config_server import service
 from config_server.installation import initialise
 from protocol.control_errors import (
     CertificateTimeInvalid,
@@ -371,3 +373,50 @@ async def test_a_long_name_of_letters_that_take_two_bytes_each_is_cut_and_joins(
     async with running_server(tmp_path / "server") as server, server.operator() as operator:
         await server.enroll(Role.AGENT, tmp_path / "agent", name=name)
         assert [machine.name for machine in (await operator.machines()).machines] == [name]
+
+
+async def test_a_renewal_while_the_servers_clock_was_ahead_locks_nobody_out(tmp_path: Path) -> None:
+    clock = AdjustableClock()
+    async with (
+        running_server(tmp_path / "server", clock=clock) as server,
+        await server.agent(tmp_path / "agent") as agent,
+    ):
+        clock.offset_ns = 10 * DAY_NS
+        key = make_certificate_key("db-1")
+        bundle = await agent.renew(key.request_pem)
+        clock.offset_ns = 0
+        LocalDirectory(tmp_path / "agent").replace(CREDENTIALS_FILE, credentials_pem(bundle, key))
+        await agent.reload_credentials(server.authority_pem)
+        await agent.report(agent_report())
+
+
+async def test_a_connection_does_not_outlive_its_certificate(tmp_path: Path) -> None:
+    clock = AdjustableClock()
+    async with (
+        running_server(tmp_path / "server", clock=clock) as server,
+        await server.agent(tmp_path / "agent") as agent,
+    ):
+        await agent.report(agent_report())
+        clock.offset_ns = 15 * DAY_NS
+        with pytest.raises(CertificateRefused, match="expired"):
+            await agent.report(agent_report())
+        with pytest.raises(CertificateRefused, match="expired"):
+            await agent.renew(make_certificate_key("db-1").request_pem)
+
+
+async def test_the_server_renews_its_own_certificate_by_the_wall_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that was suspended has not waited for a day, but a day has passed."""
+    monkeypatch.setattr(service, "CERTIFICATE_CHECK_SECONDS", 0.01)
+    clock = AdjustableClock()
+    async with running_server(tmp_path / "server", clock=clock):
+        path = tmp_path / "server" / CREDENTIALS_FILE
+        before = x509.load_pem_x509_certificate(path.read_bytes())
+        clock.offset_ns = 2 * DAY_NS
+        after = before
+        async with asyncio.timeout(20):
+            while after.serial_number == before.serial_number:
+                await asyncio.sleep(0.01)
+                after = x509.load_pem_x509_certificate(path.read_bytes())
+    assert after.not_valid_after_utc - before.not_valid_after_utc >= datetime.timedelta(days=2)

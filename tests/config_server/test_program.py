@@ -174,7 +174,12 @@ def test_unknown_and_bad_settings_fail_by_name(tmp_path: Path) -> None:
     with pytest.raises(SettingUnknown, match="hartbeat_seconds") as caught:
         invoke("config", "check", "--settings", str(file))
     assert "heartbeat_seconds" in caught.value.hint
-    for assignment in ("listen=nowhere", "heartbeat_seconds=0", "rpo_threshold_seconds=nan"):
+    for assignment in (
+        "listen=nowhere",
+        "heartbeat_seconds=0",
+        "rpo_threshold_seconds=nan",
+        "renew_after_seconds=1209600",
+    ):
         with pytest.raises(SettingInvalid, match=assignment.partition("=")[0]):
             invoke("config", "check", "--set", assignment)
     shown = {row["key"]: row for row in json.loads(invoke("config", "show", "--origin", "-o", "json"))}
