@@ -27,7 +27,7 @@ from protocol.vocabulary import PeerIdentity, Role, VaultId
 LEAF_LIFETIME: Final = datetime.timedelta(days=14)
 AUTHORITY_LIFETIME: Final = datetime.timedelta(days=3650)
 BACKDATED: Final = datetime.timedelta(minutes=5)
-"""By how much a newcomer's clock may be behind when the authority is new; a leaf is valid from where its authority is."""
+"""By how much a newcomer's clock may be behind when the authority is new. A leaf begins where its authority does."""
 
 _CLIENT: Final = ExtendedKeyUsageOID.CLIENT_AUTH
 _SERVER: Final = ExtendedKeyUsageOID.SERVER_AUTH
