@@ -14,7 +14,6 @@ from farpoint.settings import FarpointSettings
 from protocol.operator_messages import DiskStatus, RpoStatus
 from protocol.vocabulary import DiskId
 from recovery.core.instants import instant_text
-from recovery.errors import PointDamaged
 from recovery.opened_vault import DiskCatalogue, OpenedVault, StoredDisk
 from runtime.command_line import output_option
 from runtime.exit_codes import ExitCode
@@ -179,11 +178,6 @@ def _tell_damage(damage: list[str]) -> ExitCode:
 
 
 def _point_row(catalogue: DiskCatalogue, disk: StoredDisk, point: HistoryPoint) -> dict[str, object]:
-    try:
-        catalogue.path_to(point)
-        is_recoverable = point.point not in catalogue.disputed
-    except PointDamaged:
-        is_recoverable = False
     return {
         "point": point.point,
         "instant": instant_text(point.instant_ns),
@@ -192,7 +186,7 @@ def _point_row(catalogue: DiskCatalogue, disk: StoredDisk, point: HistoryPoint) 
         "disk": disk.disk,
         "name": disk.full_name,
         "position": str(point.position),
-        "recoverable": is_recoverable,
+        "recoverable": catalogue.is_recoverable(point),
         "is_published": point.point in catalogue.published,
     }
 

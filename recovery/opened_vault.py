@@ -29,7 +29,7 @@ from storage.disk_archive import DiskArchive, read_vault_of
 from storage.errors import PositionNotFound, SegmentMissing, VaultFault
 from storage.history import DiskHistory, HistoryPoint
 from storage.keys import RecoveryKey, unwrap_vault_key
-from storage.object_names import SegmentName
+from storage.object_names import EPOCH_DIGITS, SegmentName
 from storage.segment import VerifiedSegment
 from storage.vault_records import VaultRecords
 
@@ -82,10 +82,16 @@ class DiskCatalogue:
             raise PointDisputed(point=chosen.point, reason=self.disputed[chosen.point])
         self.path_to(chosen)
         is_by_identifier = selector != LATEST and chosen.point.startswith(selector.lower())
-        hiding = next((fault for fault in self.history.damage if not isinstance(fault, SegmentMissing)), None)
-        if not is_by_identifier and hiding is not None and chosen == self.points[-1]:
+        hiding = self._hiding_behind(chosen)
+        if not is_by_identifier and hiding is not None:
             raise NewestPointHidden(segment=_name_of(hiding), reason=str(hiding), recoverable=point_text(chosen))
         return chosen
+
+    def is_recoverable(self, point: HistoryPoint) -> bool:
+        """Whether the history up to the point is whole, as far as can be told without reading frames. Quick."""
+        epoch = self.history.epochs.get(point.position.epoch)
+        is_reached = epoch is not None and point.position.sequence <= epoch.last_sequence
+        return is_reached and point.point not in self.disputed
 
     def path_to(self, point: HistoryPoint) -> tuple[VerifiedSegment, ...]:
         """The segments that the point is made of. Raises PointDamaged."""
@@ -102,6 +108,18 @@ class DiskCatalogue:
         newest = self._newest_without(segment)
         recoverable = point_text(newest) if newest else "none"
         return PointDamaged(point=point, segment=segment, reason=reason, recoverable=recoverable)
+
+    def _hiding_behind(self, chosen: HistoryPoint) -> VaultFault | None:
+        """What is damaged where points newer than `chosen` may have been.
+
+        A segment that is only missing is no such thing: while a process server uploads, there are gaps. One that was
+        committed has its points' records as witnesses.
+        """
+        for fault in self.history.damage:
+            is_behind = f"/{chosen.position.epoch:0{EPOCH_DIGITS}d}/" in _name_of(fault) or chosen == self.points[-1]
+            if is_behind and not isinstance(fault, SegmentMissing):
+                return fault
+        return None
 
     def _newest_without(self, segment: str) -> HistoryPoint | None:
         for point in reversed(self.points):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,22 +23,8 @@ from recovery.errors import (
 )
 from recovery.image_writer import open_target
 from recovery.verification import image_digest, images_are_identical
+from tests.recovery.conftest import SIZE_BYTES
 from tests.recovery.made_vault import noise
-
-SIZE_BYTES = 8 * 2**20
-
-
-@pytest.fixture
-def loop_device(tmp_path: Path) -> Iterator[Path]:
-    """A real block device over a file of SIZE_BYTES, full of ones; skips where none can be made."""
-    backing = tmp_path / "backing"
-    backing.write_bytes(b"\xff" * SIZE_BYTES)
-    made = subprocess.run(["losetup", "--find", "--show", str(backing)], capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"no loop device can be made here: {made.stderr.strip()}")
-    device = Path(made.stdout.strip())
-    yield device
-    subprocess.run(["losetup", "--detach", str(device)], check=True)
 
 
 def test_a_file_is_written_and_named_when_it_is_whole(tmp_path: Path) -> None:

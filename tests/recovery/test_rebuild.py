@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
-from recovery.errors import NewestPointHidden, PointDamaged, PointDisputed, TargetExists
+from recovery.errors import DeviceHalfWritten, NewestPointHidden, PointDamaged, PointDisputed, TargetExists
 from recovery.image_writer import open_target
 from recovery.opened_vault import OpenedVault, open_vault
 from recovery.rebuild import RebuildProgress, plan_recovery, rebuild_disk
+from recovery.verification import image_digest
 from storage.backends.local_directory import LocalDirectoryStore
 from storage.errors import NotAVault, WrongRecoveryKey
 from storage.keys import parse_recovery_key, serialise_recovery_key
@@ -56,6 +58,28 @@ async def test_latest_is_the_newest_point_and_an_instant_the_newest_before_it(tm
     assert (tmp_path / "latest.img").read_bytes() == made.points[-1].image
     await recover(made, "2025-11-20T00:54:21+00:00", tmp_path / "then.img")
     assert (tmp_path / "then.img").read_bytes() == made.points[1].image
+
+
+async def test_a_point_is_recovered_onto_a_block_device(tmp_path: Path, loop_device: Path) -> None:
+    made = await make_filled_vault(tmp_path)
+    vault = await opened(made)
+    plan = await plan_recovery(vault, await vault.find_disk(DISK), "latest", executor=None)
+    target = open_target(loop_device, size_bytes=plan.disk_size_bytes, overwrite_device=True)
+    await rebuild_disk(vault, plan, target, executor=None)
+    expected = made.points[-1].image
+    assert loop_device.read_bytes()[: len(expected)] == expected
+    assert image_digest(loop_device, size_bytes=len(expected)) == blake3(expected).hexdigest()
+
+
+async def test_a_damaged_segment_says_that_the_device_is_of_no_use(tmp_path: Path, loop_device: Path) -> None:
+    made = await make_filled_vault(tmp_path)
+    path = made.segment_path(made.points[1].segment)
+    flip(path, path.stat().st_size // 2 - 100)
+    vault = await opened(made)
+    plan = await plan_recovery(vault, await vault.find_disk(DISK), "latest", executor=None)
+    target = open_target(loop_device, size_bytes=plan.disk_size_bytes, overwrite_device=True)
+    with pytest.raises(DeviceHalfWritten, match=str(made.points[1].segment)):
+        await rebuild_disk(vault, plan, target, executor=None)
 
 
 async def test_holes_stay_holes(tmp_path: Path) -> None:
