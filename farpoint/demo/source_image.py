@@ -25,7 +25,7 @@ FILLED_SHARE: Final = 0.7
 CHANGED_FILES: Final = 60
 """So many files are deleted, so many overwritten, so many new ones made."""
 COPY_BYTES: Final = 64 * 2**20
-_SYSTEM_PATHS: Final = ("/usr/sbin", "/sbin")
+_SYSTEM_PATH: Final = "/usr/sbin:/sbin"
 _TOOLS: Final = ("mkfs.ext4", "debugfs", "e2fsck")
 
 
@@ -210,7 +210,7 @@ def _stage(source: Path, target: Path) -> None:
 
 def _tool(name: str) -> str | None:
     # why: these lie in /usr/sbin, which is on no ordinary user's path
-    return shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), *_SYSTEM_PATHS)))
+    return shutil.which(name) or shutil.which(name, path=_SYSTEM_PATH)
 
 
 def _start(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
