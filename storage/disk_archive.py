@@ -27,12 +27,13 @@ from storage.errors import (
     ObjectCorrupt,
     ObjectExists,
     ObjectNotFound,
+    ObjectUnreadable,
     SegmentMissing,
     StoreOutcomeUnknown,
     VaultFault,
 )
 from storage.frame_record import FrameRecord, parse_frame_record
-from storage.history import ChainLink, DiskHistory, Finding, chain_history
+from storage.history import UPLOADS_IN_FLIGHT_MAX, ChainLink, DiskHistory, Finding, chain_history, may_be_under_way
 from storage.keys import (
     VAULT_BYTES_MAX,
     RecoveryKey,
@@ -52,8 +53,6 @@ from storage.segment import (
 from storage.vault_records import VaultRecords
 
 READS_AT_ONCE: Final = 8
-UPLOADS_IN_FLIGHT_MAX: Final = 32
-"""A process server has no more segments of one disk on their way than this."""
 SMALL_OBJECT_BYTES: Final = 65536
 """A segment up to this size is read whole; of a larger one first so much of its end."""
 CLOSE_ATTEMPTS_MAX: Final = 64
@@ -218,8 +217,8 @@ class DiskArchive(VaultRecords):
         """Every epoch of the disk with its verified chain; damage is collected in it, everything before it stays
         usable.
 
-        While a process server is uploading, a segment on its way can look missing: it is behind everything committed.
-        Raises StoreFault.
+        While a process server is uploading, a segment on its way can be missing: it is behind everything committed, and
+        told as SegmentAwaited. What the store has but cannot read is damage too. Raises every other StoreFault.
         """
         sizes = await self._segment_sizes(object_names.disk_prefix(self._vault, disk))
 
@@ -228,6 +227,9 @@ class DiskArchive(VaultRecords):
                 return await self._segment(name, sizes[name])
             except VaultFault as fault:
                 return fault
+            except ObjectUnreadable as fault:
+                # why: a bad place of the medium must not keep anybody from what does not need it
+                return ObjectCorrupt(name=str(name), reason=f"the store cannot read it: {fault.reason}")
 
         names = list(sizes)
         found = await self._in_parallel(names, find)
@@ -251,6 +253,8 @@ class DiskArchive(VaultRecords):
             data = memoryview(await self._store.read(name, first_byte=first_byte, end_byte=end_byte))
         except ObjectNotFound as error:
             raise SegmentMissing(name=name) from error
+        except ObjectUnreadable as error:
+            raise ObjectCorrupt(name=name, reason=f"the store cannot read it: {error.reason}") from error
         places = (offsets[first : end + 1] - first_byte).tolist()
         return [
             _checked_record(segment, number, data[start:stop])
@@ -266,10 +270,11 @@ class DiskArchive(VaultRecords):
         """Raises SegmentMissing unless what lies behind the first missing ordinal can be uploads under way."""
         beyond = names[whole:]
         missing = SegmentName(vault=self._vault, disk=beyond[0].disk, epoch=beyond[0].epoch, ordinal=whole + 1)
-        if beyond[-1].ordinal - missing.ordinal >= UPLOADS_IN_FLIGHT_MAX:
+        newest = beyond[-1].ordinal
+        if not may_be_under_way(missing.ordinal, newest, ()):
             raise SegmentMissing(name=str(missing))
         found = await self._in_parallel(beyond, lambda name: self._segment(name, sizes[name]))
-        if any(segment.is_closing for segment in found):
+        if not may_be_under_way(missing.ordinal, newest, found):
             raise SegmentMissing(name=str(missing))
 
     async def _start_hash(self, disk: DiskId, epoch: int) -> bytes:

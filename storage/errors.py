@@ -26,6 +26,14 @@ class StoreOutcomeUnknown(StoreUnavailable):
     code = "store-outcome-unknown"
 
 
+class ObjectUnreadable(StoreUnavailable):
+    """The object is there, the medium under it fails. Fields: url, name, reason."""
+
+    code = "object-unreadable"
+    message = "store {url}: {name} cannot be read: {reason}"
+    hint = "The medium of the store fails there; save what it still gives, and check it."
+
+
 class StoreMissing(StoreFault):
     """The directory or container of the URL does not exist."""
 
@@ -90,6 +98,14 @@ class SegmentMissing(VaultFault):
     code = "segment-missing"
     message = "{name} is missing, but later segments are there"
     hint = "Points before it are not affected; list them with `farpoint points --store URL --recovery-key FILE`."
+
+
+class SegmentAwaited(SegmentMissing):
+    """A gap that uploads under way explain. Nothing behind it is committed. Fields: name."""
+
+    code = "segment-awaited"
+    message = "{name} is not there yet, but later segments are: an upload is under way, or was when its server stopped"
+    hint = "Points before it are not affected. If no process server writes to this store any more, the segment is lost."
 
 
 class HistoryForked(VaultFault):

@@ -8,14 +8,17 @@ history, not damage.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from protocol.vocabulary import ChangeSetEnd, Consistency, DiskId, PointId, Position, VaultId
-from storage.errors import ObjectCorrupt, PositionNotFound, SegmentMissing, VaultFault
+from storage.errors import ObjectCorrupt, PositionNotFound, SegmentAwaited, SegmentMissing, VaultFault
 from storage.object_names import SegmentName
 from storage.segment import NO_TRAILER_HASH, VerifiedSegment
+
+UPLOADS_IN_FLIGHT_MAX: Final = 32
+"""A process server has no more segments of one disk on their way than this."""
 
 Finding: TypeAlias = VerifiedSegment | VaultFault
 """What lies under a segment's name: a verified segment, or why it is none."""
@@ -117,9 +120,17 @@ class DiskHistory:
         return (self.path_to(epoch.parent) if epoch.parent else ()) + own
 
 
+def may_be_under_way(missing: int, newest: int, beyond: Iterable[Finding]) -> bool:
+    """Whether uploads that overtake each other explain that ordinal `missing` is not there while those `beyond`, up to
+    ordinal `newest`, are. A closing segment is written only behind what is there."""
+    if newest - missing >= UPLOADS_IN_FLIGHT_MAX:
+        return False
+    return not any(isinstance(finding, VerifiedSegment) and finding.is_closing for finding in beyond)
+
+
 def chain_history(vault: VaultId, disk: DiskId, findings: Mapping[SegmentName, Finding]) -> DiskHistory:
     """The history that `findings`, all that lies under the disk's segment names, prove."""
-    chain = _Chain(vault=vault, disk=disk)
+    chain = _Chain(vault=vault, disk=disk, newest_epoch=max((name.epoch for name in findings), default=0))
     by_epoch: dict[int, dict[int, Finding]] = {}
     for name, finding in findings.items():
         by_epoch.setdefault(name.epoch, {})[name.ordinal] = finding
@@ -137,6 +148,8 @@ def chain_history(vault: VaultId, disk: DiskId, findings: Mapping[SegmentName, F
 class _Chain:
     vault: VaultId
     disk: DiskId
+    newest_epoch: int
+    """Of all that have segments: the only one in which uploads can be under way."""
     epochs: dict[int, EpochHistory] = field(default_factory=dict)
     closings: dict[int, VerifiedSegment] = field(default_factory=dict)
     """By the epoch that they name as the successor."""
@@ -187,9 +200,13 @@ class _Chain:
         return self.faults[max(earlier)] if earlier else None
 
     def _gap(self, number: int, ordinal: int, findings: Mapping[int, Finding]) -> VaultFault | None:
-        if not any(later > ordinal for later in findings):
+        beyond = {later: finding for later, finding in findings.items() if later > ordinal}
+        if not beyond:
             return None
-        return SegmentMissing(name=str(self._name(number, ordinal)))
+        name = str(self._name(number, ordinal))
+        if number == self.newest_epoch and may_be_under_way(ordinal, max(beyond), beyond.values()):
+            return SegmentAwaited(name=name)
+        return SegmentMissing(name=name)
 
     def _note_damage(
         self, fault: VaultFault | None, findings: Mapping[int, Finding], closing: VerifiedSegment | None

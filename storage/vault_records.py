@@ -29,6 +29,7 @@ from storage.errors import (
     ObjectCorrupt,
     ObjectExists,
     ObjectNotFound,
+    ObjectUnreadable,
     StoreOutcomeUnknown,
     VaultFault,
 )
@@ -157,5 +158,5 @@ class VaultRecords:
         except VersionNotSupported as error:
             fields = error.fields
             raise FormatNotSupported(name=text, version=fields["version"], supported=fields["supported"]) from error
-        except (SignatureInvalid, MalformedInput, ObjectNotFound) as error:
+        except (SignatureInvalid, MalformedInput, ObjectNotFound, ObjectUnreadable) as error:
             raise ObjectCorrupt(name=text, reason=str(error)) from error

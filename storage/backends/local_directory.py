@@ -28,6 +28,7 @@ from storage.backends.object_store import ObjectInfo, check_object_name, clamp_r
 from storage.errors import (
     ObjectExists,
     ObjectNotFound,
+    ObjectUnreadable,
     StoreFault,
     StoreFull,
     StoreMissing,
@@ -223,7 +224,7 @@ class LocalDirectoryStore:
         try:
             first, end = clamp_range(os.fstat(descriptor).st_size, first_byte, end_byte)
             pieces: list[bytes] = []
-            while first < end and (piece := os.pread(descriptor, end - first, first)):
+            while first < end and (piece := _read_piece(descriptor, end - first, first, url=self.url, name=name)):
                 pieces.append(piece)
                 first += len(piece)
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -291,6 +292,15 @@ class LocalDirectoryStore:
         if error.errno in _UNAVAILABLE:
             return StoreUnavailable(url=self.url, reason=reason)
         return StoreFault(url=self.url, reason=reason)
+
+
+def _read_piece(descriptor: int, length: int, offset: int, *, url: str, name: str) -> bytes:
+    try:
+        return os.pread(descriptor, length, offset)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise ObjectUnreadable(url=url, name=name, reason=error.strerror) from error
 
 
 def _split_prefix(prefix: str) -> tuple[str, str]:

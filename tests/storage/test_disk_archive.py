@@ -23,7 +23,6 @@ from protocol.signed_records import (
 from protocol.vocabulary import ChangeSetEnd, Consistency, PointId, Position, VaultId
 from storage.disk_archive import (
     SMALL_OBJECT_BYTES,
-    UPLOADS_IN_FLIGHT_MAX,
     DiskArchive,
     EpochStart,
     create_vault_object,
@@ -35,13 +34,16 @@ from storage.errors import (
     ObjectCorrupt,
     ObjectExists,
     ObjectNotFound,
+    ObjectUnreadable,
     PositionNotFound,
+    SegmentAwaited,
     SegmentMissing,
     StoreFull,
     StoreOutcomeUnknown,
     StoreUnavailable,
     VaultFault,
 )
+from storage.history import UPLOADS_IN_FLIGHT_MAX
 from storage.keys import create_vault
 from storage.object_names import MachineName, PointName, SegmentName
 from storage.sealing import FrameOpener
@@ -253,7 +255,7 @@ class TestDamage:
             history.path_to(Position(epoch=1, sequence=5))
 
     async def test_a_missing_segment_in_the_middle_is_named(self, archive: DiskArchive, store: MemoryStore) -> None:
-        written = await write(archive, SegmentWriter(make_grant()), 4)
+        written = await write(archive, SegmentWriter(make_grant()), UPLOADS_IN_FLIGHT_MAX + 2)
         del store.objects[str(written[1].end.name)]
         history = await archive.history(DISK)
         assert [(type(fault), fault.fields["name"]) for fault in history.damage] == [
@@ -262,6 +264,46 @@ class TestDamage:
         assert history.head == Position(epoch=1, sequence=2)
         with pytest.raises(SegmentMissing):
             history.path_to(Position(epoch=1, sequence=8))
+
+    async def test_a_gap_that_uploads_under_way_explain_is_told_as_such(
+        self, archive: DiskArchive, store: MemoryStore
+    ) -> None:
+        written = await write(archive, SegmentWriter(make_grant()), UPLOADS_IN_FLIGHT_MAX + 1)
+        del store.objects[str(written[1].end.name)]
+        history = await archive.history(DISK)
+        assert [type(fault) for fault in history.damage] == [SegmentAwaited]
+        assert history.head == Position(epoch=1, sequence=2)
+
+    @pytest.mark.parametrize("successor_writes", [False, True])
+    async def test_no_upload_is_under_way_in_an_epoch_that_was_closed(
+        self, archive: DiskArchive, store: MemoryStore, successor_writes: bool
+    ) -> None:
+        written = await write(archive, SegmentWriter(make_grant()), 3)
+        successor = await switch(archive, epoch=2, parent_epoch=1)
+        if successor_writes:
+            await write(archive, successor, 1)
+        del store.objects[str(written[1].end.name)]
+        history = await archive.history(DISK)
+        assert [type(fault) for fault in history.damage] == [SegmentMissing]
+
+    async def test_what_the_store_cannot_read_is_damage_and_hides_nothing_before_it(
+        self, archive: DiskArchive, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        written = await write(archive, SegmentWriter(make_grant()), 3)
+        bad, read = str(written[2].end.name), store.read
+        whole = await archive.history(DISK)
+
+        async def fails(name: str, **options: int | None) -> bytes:
+            if name == bad:
+                raise ObjectUnreadable(url=store.url, name=name, reason="Input/output error")
+            return await read(name, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(store, "read", fails)
+        history = await archive.history(DISK)
+        assert [(type(fault), fault.fields["name"]) for fault in history.damage] == [(ObjectCorrupt, bad)]
+        assert len(history.path_to(Position(epoch=1, sequence=4))) == 2
+        with pytest.raises(ObjectCorrupt, match=r"000000000003\.seg.*Input/output error"):
+            await archive.read_frame(whole.segments[2], 0)
 
     async def test_damage_in_an_epoch_is_told_for_positions_of_its_successors(
         self, archive: DiskArchive, store: MemoryStore

@@ -21,6 +21,7 @@ from storage.backends.local_directory import UNFINISHED_DIRECTORY, LocalDirector
 from storage.errors import (
     ObjectExists,
     ObjectNotFound,
+    ObjectUnreadable,
     StoreFault,
     StoreFull,
     StoreMissing,
@@ -235,6 +236,20 @@ async def test_a_reader_never_writes_to_the_store(root: Path, store: LocalDirect
     assert await store.read("a") == b"x"
     assert root.stat().st_mtime_ns == before
     assert os.listdir(root) == ["a"]
+
+
+async def test_a_bad_place_of_the_medium_is_told_with_the_objects_name(
+    store: LocalDirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.create("a/b", [b"data"])
+
+    def fail(*_: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(ObjectUnreadable, match="a/b cannot be read: Input/output error") as caught:
+        await store.read("a/b")
+    assert caught.value.is_retryable
 
 
 async def test_what_is_not_an_object_is_neither_listed_nor_read(root: Path, store: LocalDirectoryStore) -> None:
