@@ -26,10 +26,10 @@ from recovery.errors import (
 )
 from storage.backends.object_store import ObjectStore
 from storage.disk_archive import DiskArchive, read_vault_of
-from storage.errors import PositionNotFound, SegmentMissing, VaultFault
+from storage.errors import PositionNotFound, SegmentAwaited, VaultFault
 from storage.history import DiskHistory, HistoryPoint
 from storage.keys import RecoveryKey, unwrap_vault_key
-from storage.object_names import EPOCH_DIGITS, SegmentName
+from storage.object_names import SegmentName
 from storage.segment import VerifiedSegment
 from storage.vault_records import VaultRecords
 
@@ -110,14 +110,14 @@ class DiskCatalogue:
         return PointDamaged(point=point, segment=segment, reason=reason, recoverable=recoverable)
 
     def _hiding_behind(self, chosen: HistoryPoint) -> VaultFault | None:
-        """What is damaged where points newer than `chosen` may have been.
+        """What is damaged where points newer than `chosen`, but not newer than the next that is known, may have been.
 
-        A segment that is only missing is no such thing: while a process server uploads, there are gaps. One that was
-        committed has its points' records as witnesses.
+        A gap that uploads under way explain is no such thing: what lies behind it was not committed.
         """
-        for fault in self.history.damage:
-            is_behind = f"/{chosen.position.epoch:0{EPOCH_DIGITS}d}/" in _name_of(fault) or chosen == self.points[-1]
-            if is_behind and not isinstance(fault, SegmentMissing):
+        if any(point.position > chosen.position for point in self.history.points):
+            return None
+        for epoch, fault in self.history.faults.items():
+            if epoch >= chosen.position.epoch and not isinstance(fault, SegmentAwaited):
                 return fault
         return None
 

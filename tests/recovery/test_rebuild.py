@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
+from recovery.core.instants import instant_text
 from recovery.errors import DeviceHalfWritten, NewestPointHidden, PointDamaged, PointDisputed, TargetExists
 from recovery.image_writer import open_target
 from recovery.opened_vault import OpenedVault, open_vault
@@ -16,6 +17,7 @@ from recovery.rebuild import RebuildProgress, plan_recovery, rebuild_disk
 from recovery.verification import image_digest
 from storage.backends.local_directory import LocalDirectoryStore
 from storage.errors import NotAVault, WrongRecoveryKey
+from storage.history import UPLOADS_IN_FLIGHT_MAX
 from storage.keys import parse_recovery_key, serialise_recovery_key
 from tests.recovery.made_vault import DISK, MadePoint, MadeVault, erase, make_filled_vault, make_vault, noise, write
 from tests.storage.segment_writer import new_vault
@@ -192,6 +194,52 @@ async def test_a_damaged_segment_behind_the_newest_point_does_not_make_it_pass_f
     assert caught.value.segment == str(hidden.segment)
     await recover(made, made.points[0].point, tmp_path / "image")
     assert (tmp_path / "image").read_bytes() == made.points[0].image
+
+
+async def test_damage_behind_the_next_point_does_not_stand_in_the_way_of_an_instant(tmp_path: Path) -> None:
+    made = await make_vault(tmp_path)
+    await made.change(write(0, noise(1, 4096)), point=True)
+    await made.change(write(0, noise(2, 4096)), point=True)
+    hidden = await made.change(write(0, noise(3, 4096)), point=True, publish=False)
+    assert hidden is not None
+    flip(made.segment_path(hidden.segment), 60)
+    await recover(made, instant_text(made.points[0].instant_ns), tmp_path / "image")
+    assert (tmp_path / "image").read_bytes() == made.points[0].image
+    with pytest.raises(NewestPointHidden):
+        await recover(made, instant_text(made.points[1].instant_ns), tmp_path / "newer")
+
+
+@pytest.mark.parametrize("later", [1, UPLOADS_IN_FLIGHT_MAX])
+async def test_only_a_gap_that_uploads_under_way_explain_is_passed_over(tmp_path: Path, later: int) -> None:
+    """A lost segment whose points have no records hides them; one that is on its way was never committed."""
+    made = await make_vault(tmp_path)
+    await made.change(write(0, noise(1, 4096)), point=True)
+    lost = await made.change(write(0, noise(2, 4096)), point=True, publish=False)
+    assert lost is not None
+    for number in range(later):
+        await made.change(write(0, noise(3 + number, 4096)), point=True, publish=False)
+    made.segment_path(lost.segment).unlink()
+    if later < UPLOADS_IN_FLIGHT_MAX:
+        await recover(made, "latest", tmp_path / "image")
+    else:
+        with pytest.raises(NewestPointHidden) as caught:
+            await recover(made, "latest", tmp_path / "image")
+        assert caught.value.segment == str(lost.segment)
+        await recover(made, made.points[0].point, tmp_path / "image")
+    assert (tmp_path / "image").read_bytes() == made.points[0].image
+
+
+async def test_a_segment_lost_from_an_epoch_that_was_closed_hides_what_followed(tmp_path: Path) -> None:
+    made = await make_vault(tmp_path)
+    await made.change(write(0, noise(1, 4096)), point=True)
+    lost = await made.change(write(0, noise(2, 4096)), point=True, publish=False)
+    assert lost is not None
+    await made.next_epoch()
+    await made.change(write(0, noise(3, 4096)), point=True, publish=False)
+    made.segment_path(lost.segment).unlink()
+    with pytest.raises(NewestPointHidden) as caught:
+        await recover(made, "latest", tmp_path / "image")
+    assert caught.value.segment == str(lost.segment)
 
 
 async def test_a_point_record_that_contradicts_the_history_is_refused(tmp_path: Path) -> None:
