@@ -70,8 +70,10 @@ class LocalDirectoryStore:
         try:
             if create:
                 make_directory(root)
-            if not stat.S_ISDIR(os.stat(root).st_mode):
+            status = os.stat(root)
+            if not stat.S_ISDIR(status.st_mode):
                 raise StoreMissing(url=self.url, reason="it is not a directory")
+            self._root_identity = (status.st_dev, status.st_ino)
         except OSError as error:
             raise self._fault(error) from error
 
@@ -135,6 +137,7 @@ class LocalDirectoryStore:
 
     def _create(self, name: str, parts: Sequence[Buffer]) -> None:
         target = self._root / name
+        self._check_root()
         self._sweep_once()
         unfinished = self._root / UNFINISHED_DIRECTORY / f"{uuid.uuid4().hex}.part"
         try:
@@ -185,7 +188,6 @@ class LocalDirectoryStore:
         if self._is_swept:
             return
         directory = self._root / UNFINISHED_DIRECTORY
-        self._check_root()
         try:
             os.mkdir(directory, DIRECTORY_MODE)
         except FileExistsError:
@@ -278,8 +280,18 @@ class LocalDirectoryStore:
         synchronize_directory((self._root / name).parent)
 
     def _check_root(self) -> None:
-        if not self._root.is_dir():
+        """Raises StoreMissing, or StoreUnavailable if what lies there now is not what was opened: a mount point whose
+        file system is gone is an empty directory, and what is written there is not in the store.
+        """
+        try:
+            status = os.stat(self._root)
+        except (FileNotFoundError, NotADirectoryError):
+            status = None
+        if status is None or not stat.S_ISDIR(status.st_mode):
             raise StoreMissing(url=self.url, reason="the directory does not exist")
+        if (status.st_dev, status.st_ino) != self._root_identity:
+            reason = "another directory has taken its place; is its file system mounted? (a restart accepts it)"
+            raise StoreUnavailable(url=self.url, reason=reason)
 
     def _fault(self, error: OSError) -> StoreFault:
         reason = error.strerror or str(error)

@@ -97,6 +97,27 @@ async def test_a_store_that_vanishes_is_missing_not_empty(store: LocalDirectoryS
     assert await names(store) == ["a/b", "a/c"]
 
 
+async def test_another_directory_in_its_place_is_not_the_store(store: LocalDirectoryStore, root: Path) -> None:
+    """So looks a mount point whose file system is gone."""
+    await store.create("a/b", [b"x"])
+    root.rename(root.with_name("elsewhere"))
+    root.mkdir()
+    for call in (
+        lambda: store.read("a/b"),
+        lambda: store.info("a/b"),
+        lambda: store.delete("a/b"),
+        lambda: store.create("a/c", [b"x"]),
+        lambda: names(store),
+    ):
+        with pytest.raises(StoreUnavailable, match="has taken its place"):
+            await call()
+    assert not list(root.iterdir())
+    root.rmdir()
+    root.with_name("elsewhere").rename(root)
+    await store.create("a/c", [b"x"])
+    assert await names(store) == ["a/b", "a/c"]
+
+
 @pytest.mark.parametrize(
     ("number", "fault", "is_retryable"),
     [
