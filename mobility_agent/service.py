@@ -142,6 +142,7 @@ class AgentService:
         self._orders: AgentOrders | None = None
         self._is_order_fresh = False
         self._kept_revision = NO_REVISION
+        self._keeping_orders = asyncio.Lock()
         self._control_error: ReplicationError | None = None
         self._intent_errors: dict[str, ReplicationError] = {}
         self._running: dict[DiskId, _Running] = {}
@@ -383,15 +384,17 @@ class AgentService:
 
     async def _keep_orders(self) -> None:
         """Makes the orders durable when they differ from those that are."""
-        orders = self._orders
-        if orders is None or orders.revision == self._kept_revision:
-            return
-        try:
-            await blocking(self._executor, lambda: write_orders(self._directory, orders))
-        except OSError as error:
-            log.warning("orders not kept for the next start", error=str(error))
-            return
-        self._kept_revision = orders.revision
+        # why: an answer and a long poll may bring orders together, and both would write the one file.
+        async with self._keeping_orders:
+            orders = self._orders
+            if orders is None or orders.revision == self._kept_revision:
+                return
+            try:
+                await blocking(self._executor, lambda: write_orders(self._directory, orders))
+            except OSError as error:
+                log.warning("orders not kept for the next start", error=str(error))
+                return
+            self._kept_revision = orders.revision
 
     def _control_failed(self, error: ReplicationError) -> None:
         if self._control_error is None:
