@@ -98,6 +98,7 @@ class Reporter:
         self._revision = NO_REVISION
         self._wakeup = asyncio.Event()
         self._orders_changed = asyncio.Event()
+        self._clock_heard = asyncio.Event()
         self._orders: dict[str, ProcessServerOrder] = {}
         self._completed: set[str] = set()
         self._taking = asyncio.Lock()
@@ -170,13 +171,20 @@ class Reporter:
         """For a restart while the configuration server is away: without an instant there is no point."""
         loop = asyncio.get_running_loop()
         while True:
+            self._clock_heard.clear()
             instant_ns = self._clock.instant_ns()
-            if instant_ns is not None:
+            if instant_ns is None:
+                try:
+                    async with asyncio.timeout(KEEP_SECONDS):
+                        await self._clock_heard.wait()
+                except TimeoutError:
+                    continue
+            else:
                 try:
                     await loop.run_in_executor(self._executor, save_clock, self._state, instant_ns)
                 except OSError as error:
                     _log.error("the server's clock cannot be kept", reason=str(error))
-            await asyncio.sleep(KEEP_SECONDS)
+                await asyncio.sleep(KEEP_SECONDS)
 
     # orders
 
@@ -184,6 +192,7 @@ class Reporter:
         # why: an answer and a long poll may arrive together, and what they bring is written to disk.
         async with self._taking:
             self._clock.heard(orders.now_ns)
+            self._clock_heard.set()
             self._report_seconds = min(self._report_seconds, orders.heartbeat_seconds)
             if orders.revision == self._revision and orders.revision != NO_REVISION:
                 return
