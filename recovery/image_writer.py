@@ -165,6 +165,7 @@ class _FileTarget:
             _translate(error, self._path)
         try:
             os.ftruncate(descriptor, self._size_bytes)
+            direct = _open_direct(self._partial)
         except OSError as error:
             os.close(descriptor)
             os.unlink(self._partial)
@@ -172,7 +173,7 @@ class _FileTarget:
                 reason = f"its file system takes no file of {self._size_bytes} bytes"
                 raise TargetFault(path=self._path, reason=reason) from error
             _translate(error, self._path)
-        self._writer = _Writer(self._path, descriptor, _open_direct(self._partial), self._size_bytes)
+        self._writer = _Writer(self._path, descriptor, direct, self._size_bytes)
         return self
 
     def prepare(self, holes: Iterable[tuple[int, int]], *, data_bytes: int) -> None:

@@ -41,7 +41,7 @@ from storage.keys import (
     check_recovery_key,
     parse_vault,
 )
-from storage.object_names import SegmentName, VaultName
+from storage.object_names import EPOCH_DIGITS, SegmentName, VaultName
 from storage.segment import (
     NO_TRAILER_HASH,
     TRAILER_BYTES,
@@ -280,7 +280,7 @@ class DiskArchive(VaultRecords):
     async def _start_hash(self, disk: DiskId, epoch: int) -> bytes:
         """What the first segment of an epoch, of which none is there yet, has to continue."""
         folders = await self._folders(object_names.disk_prefix(self._vault, disk))
-        earlier = sorted((int(folder) for folder in folders if folder.isdigit() and int(folder) < epoch), reverse=True)
+        earlier = sorted((int(folder) for folder in folders if _is_epoch(folder) and int(folder) < epoch), reverse=True)
         for number in earlier:
             last = await self.last_segment(disk, number)
             if last is not None and last.successor is not None and last.successor.epoch == epoch:
@@ -429,6 +429,11 @@ def _segment_name(name: str) -> SegmentName | None:
     except InvalidValue:
         return None
     return parsed if isinstance(parsed, SegmentName) else None
+
+
+def _is_epoch(folder: str) -> bool:
+    # why: text that somebody else put there; isdigit alone takes for a number what int does not
+    return len(folder) == EPOCH_DIGITS and folder.isascii() and folder.isdigit()
 
 
 def _is_identifier(folder: str) -> bool:

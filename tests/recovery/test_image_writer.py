@@ -101,6 +101,25 @@ def test_a_file_system_that_fills_up_leaves_nothing_half_named(tmp_path: Path, m
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_cannot_be_opened_a_second_time_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def fail(path: Path, flags: int, *mode: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", fail)
+    with (
+        pytest.raises(TargetFault, match="Too many open files"),
+        open_target(tmp_path / "image", size_bytes=SIZE_BYTES, overwrite_device=False),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_really_full_file_system_is_told(tmp_path: Path) -> None:
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=False)
     if mounted.returncode:

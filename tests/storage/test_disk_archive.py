@@ -21,6 +21,7 @@ from protocol.signed_records import (
     sign_point,
 )
 from protocol.vocabulary import ChangeSetEnd, Consistency, PointId, Position, VaultId
+from storage import object_names
 from storage.disk_archive import (
     SMALL_OBJECT_BYTES,
     DiskArchive,
@@ -185,6 +186,18 @@ async def test_a_successor_that_has_written_nothing_is_the_head(archive: DiskArc
     history = await archive.history(DISK)
     assert history.head == Position(epoch=2, sequence=0)
     assert len(history.path_to(history.head)) == 1
+
+
+@pytest.mark.parametrize("stranger", ["²", "9" * 5000, "0000000001x"])
+async def test_a_strangers_folder_beside_the_epochs_is_passed_over(
+    archive: DiskArchive, store: MemoryStore, stranger: str
+) -> None:
+    await switch(archive, epoch=2, parent_epoch=1)
+    store.objects[f"{object_names.disk_prefix(VAULT, DISK)}{stranger}/1.seg"] = b"not ours"
+    await switch(archive, epoch=3, parent_epoch=2)
+    history = await archive.history(DISK)
+    assert history.head == Position(epoch=3, sequence=0)
+    assert not history.damage
 
 
 async def test_a_new_beginning_stands_beside_the_old_history(archive: DiskArchive) -> None:
