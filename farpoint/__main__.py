@@ -1,41 +1,54 @@
-"""The program `farpoint`: the operator's command line. Composes, owns no logic."""
+"""The program `farpoint`: the operator's command line. Composes, owns no logic.
+
+A command's module is imported when it is called: a recovery needs nothing of the servers, not even their imports.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import Final
+
 import click
 
-from farpoint.demo.command import demo_command
-from farpoint.listing_commands import disks_command, machines_command, points_command, process_servers_command
-from farpoint.recover_command import recover_command
 from farpoint.settings import PROGRAM, FarpointSettings
-from farpoint.token_commands import token_group
-from farpoint.up_command import up_command
-from farpoint.vault_commands import vault_group
 from runtime.command_line import ProgramGroup, config_commands
 from runtime.logs import LogSettings, configure_logs
 
+COMMANDS: Final = {
+    "demo": "farpoint.demo.command:demo_command",
+    "disks": "farpoint.listing_commands:disks_command",
+    "machines": "farpoint.listing_commands:machines_command",
+    "points": "farpoint.listing_commands:points_command",
+    "process-servers": "farpoint.listing_commands:process_servers_command",
+    "recover": "farpoint.recover_command:recover_command",
+    "token": "farpoint.token_commands:token_group",
+    "up": "farpoint.up_command:up_command",
+    "vault": "farpoint.vault_commands:vault_group",
+}
 
-@click.group(PROGRAM, cls=ProgramGroup)
+
+class OperatorGroup(ProgramGroup):
+    """Knows its commands by name before their modules are imported."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted({*COMMANDS, *super().list_commands(context)})
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return super().get_command(context, name)
+        module, _, attribute = COMMANDS[name].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(PROGRAM, cls=OperatorGroup)
 def main() -> None:
     """Disaster recovery and migration: vaults, join tokens, what is protected, and recovery."""
     configure_logs(LogSettings(level="warning"), program=PROGRAM)
-    configure_logs(LogSettings(level="warning"), program=PROGRAM)
 
 
-for command in (
-    vault_group,
-    token_group,
-    machines_command,
-    process_servers_command,
-    disks_command,
-    points_command,
-    recover_command,
-    up_command,
-    demo_command,
-    config_commands(FarpointSettings, PROGRAM),
-):
-    main.add_command(command)
-
+main.add_command(config_commands(FarpointSettings, PROGRAM))
 
 if __name__ == "__main__":
     main()

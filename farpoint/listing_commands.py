@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import click
 
-from farpoint.connections import operator_of, vault_of
 from farpoint.options import server_options, vault_or_server_options
 from farpoint.running import run_interruptible
+from farpoint.server_connection import operator_of
 from farpoint.settings import FarpointSettings
+from farpoint.vault_connection import vault_of
 from protocol.operator_messages import DiskStatus, RpoStatus
 from protocol.vocabulary import DiskId
 from recovery.core.instants import instant_text

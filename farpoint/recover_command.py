@@ -11,11 +11,11 @@ from pathlib import Path
 
 import click
 
-from farpoint.connections import vault_of
 from farpoint.options import vault_options
 from farpoint.progress import ProgressView, progress_view
 from farpoint.running import run_interruptible
 from farpoint.settings import FarpointSettings
+from farpoint.vault_connection import vault_of
 from recovery.core.instants import instant_text
 from recovery.image_writer import ImageTarget, open_target
 from recovery.opened_vault import OpenedVault

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from farpoint.connections import operator_of
 from farpoint.options import server_options
 from farpoint.running import run_interruptible
+from farpoint.server_connection import operator_of
 from farpoint.settings import FarpointSettings
 from protocol.operator_messages import JOIN_TOKEN_SECONDS_DEFAULT, JoinTokenRequest
 from protocol.vocabulary import Role

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config_server.installation import ADMIN_TOKEN_FILE, AUTHORITY_FILE, MARKER_FILE, initialise
-from farpoint.connections import UP_FILE, UpDescription
 from farpoint.errors import FirstRunCutOff, StoreChanged
+from farpoint.server_connection import UP_FILE, UpDescription
 from farpoint.vault_commands import make_vault
 from protocol.signed_records import parse_authority_key
 from runtime.local_directory import LocalDirectory

@@ -13,12 +13,12 @@ from typing import Final
 
 import click
 
-from farpoint.connections import vault_of
 from farpoint.errors import OptionMissing, TooFewRecoveryKeys
 from farpoint.key_files import read_passphrase
 from farpoint.options import vault_options
 from farpoint.running import run_interruptible
 from farpoint.settings import FarpointSettings
+from farpoint.vault_connection import vault_of
 from protocol.signed_records import serialise_authority_key
 from protocol.vocabulary import VaultId
 from runtime.command_line import output_option

@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from farpoint.__main__ import main
-from farpoint.connections import UP_FILE, UpDescription
 from farpoint.demo.programs import free_port
+from farpoint.server_connection import UP_FILE, UpDescription
 from protocol.join_token import JoinToken
 from runtime.exit_codes import ExitCode
 

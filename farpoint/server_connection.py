@@ -5,20 +5,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
 from farpoint.errors import DirectoryNotUp, OptionMissing
-from farpoint.key_files import read_recovery_key
 from farpoint.settings import FarpointSettings
 from protocol.errors import MalformedInput
 from protocol.transport.control_client import OperatorClient
-from recovery.opened_vault import OpenedVault, open_vault
 from runtime.secrets import read_secret
-from storage.backends.open_store import open_store
 
 UP_FILE: Final = "up.json"
 """What `farpoint up` tells the other commands about itself."""
@@ -58,21 +54,6 @@ class UpDescription:
             raise DirectoryNotUp(path=directory) from error
         except (ValueError, KeyError, TypeError) as error:
             raise MalformedInput(what=str(path), reason=str(error)) from error
-
-
-@asynccontextmanager
-async def vault_of(settings: FarpointSettings, *, executor: Executor | None = None) -> AsyncIterator[OpenedVault]:
-    """The vault that store and recovery key name. Raises OptionMissing, and what opening either raises."""
-    if settings.store is None:
-        raise OptionMissing(option="--store", purpose="the URL of the store that holds the vault")
-    if settings.recovery_key is None:
-        raise OptionMissing(option="--recovery-key", purpose="a recovery key file of the vault")
-    key = read_recovery_key(settings.recovery_key, passphrase_file=settings.passphrase_file)
-    store = open_store(settings.store, credentials_file=settings.store_credentials_file, executor=executor)
-    try:
-        yield await open_vault(store, key)
-    finally:
-        await store.close()
 
 
 @asynccontextmanager
