@@ -7,13 +7,12 @@ never taken for damage.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typing_extensions import Buffer
 
 from protocol.errors import InvalidValue
@@ -52,16 +51,12 @@ from storage.segment import (
 )
 from storage.vault_records import VaultRecords
 
-READS_AT_ONCE: Final = 8
 SMALL_OBJECT_BYTES: Final = 65536
 """A segment up to this size is read whole; of a larger one first so much of its end."""
 CLOSE_ATTEMPTS_MAX: Final = 64
 """A predecessor that is still writing can take the closing segment's name that often."""
 READ_BYTES_MAX: Final = 64 * 2**20
 """The most that one read of frames takes into memory."""
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,12 +126,6 @@ class DiskArchive(VaultRecords):
     Has no state of its own; safe to share between tasks.
     """
 
-    def __init__(
-        self, store: ObjectStore, *, vault: VaultId, authority: Ed25519PublicKey, reads_at_once: int = READS_AT_ONCE
-    ) -> None:
-        super().__init__(store, vault=vault, authority=authority)
-        self._reads_at_once = reads_at_once
-
     async def read_vault(self) -> VaultDescription:
         """Raises NotAVault (none there, or another authority's), ObjectCorrupt, FormatNotSupported, StoreFault."""
         description = await _read_vault(self._store, self._vault)
@@ -178,7 +167,7 @@ class DiskArchive(VaultRecords):
         if not whole:
             return None
         first = max(0, whole - UPLOADS_IN_FLIGHT_MAX - 1)
-        found = await self._in_parallel(names[first:whole], lambda name: self._segment(name, sizes[name]))
+        found = await self._each(names[first:whole], lambda name: self._segment(name, sizes[name]))
         return _summary(found, beyond_gap=tuple(name.ordinal for name in beyond))
 
     async def close_epoch(self, grant: Grant, signed_grant: bytes, signing_key: Ed25519PrivateKey) -> EpochStart:
@@ -232,7 +221,7 @@ class DiskArchive(VaultRecords):
                 return ObjectCorrupt(name=str(name), reason=f"the store cannot read it: {fault.reason}")
 
         names = list(sizes)
-        found = await self._in_parallel(names, find)
+        found = await self._each(names, find)
         return chain_history(self._vault, disk, dict(zip(names, found, strict=True)))
 
     async def read_frame(self, segment: VerifiedSegment, number: int) -> FrameRecord:
@@ -273,7 +262,7 @@ class DiskArchive(VaultRecords):
         newest = beyond[-1].ordinal
         if not may_be_under_way(missing.ordinal, newest, ()):
             raise SegmentMissing(name=str(missing))
-        found = await self._in_parallel(beyond, lambda name: self._segment(name, sizes[name]))
+        found = await self._each(beyond, lambda name: self._segment(name, sizes[name]))
         if not may_be_under_way(missing.ordinal, newest, found):
             raise SegmentMissing(name=str(missing))
 
@@ -339,23 +328,6 @@ class DiskArchive(VaultRecords):
             object_bytes=size_bytes,
             authority=self._authority,
         )
-
-    async def _in_parallel(self, items: Sequence[_Item], read: Callable[[_Item], Awaitable[_Result]]) -> list[_Result]:
-        """The results in the order of the items, reads_at_once at a time. The first failure ends it and is raised."""
-        results: dict[int, _Result] = {}
-        pending = iter(enumerate(items))
-
-        async def work() -> None:
-            for place, item in pending:
-                results[place] = await read(item)
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(self._reads_at_once, len(items))):
-                    group.create_task(work())
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from failures
-        return [results[place] for place in range(len(items))]
 
 
 def _checked_record(segment: VerifiedSegment, number: int, data: memoryview) -> FrameRecord:

@@ -6,7 +6,8 @@ What is damaged is told beside what is not, by its name, and never stands in the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -35,6 +36,10 @@ from storage.errors import (
 )
 from storage.object_names import MachineName, ObjectName, PointName
 
+READS_AT_ONCE: Final = 8
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 _Record = TypeVar("_Record")
 _Verify = Callable[[bytes, Ed25519PublicKey], _Record]
 _RECORD_READ_BYTES: Final = SIGNED_RECORD_BYTES_MAX + 1
@@ -59,7 +64,10 @@ class StoredDescriptions:
 class VaultRecords:
     """Points and machine descriptions of one vault in one store. Safe to share between tasks."""
 
-    def __init__(self, store: ObjectStore, *, vault: VaultId, authority: Ed25519PublicKey) -> None:
+    def __init__(
+        self, store: ObjectStore, *, vault: VaultId, authority: Ed25519PublicKey, reads_at_once: int = READS_AT_ONCE
+    ) -> None:
+        self._reads_at_once = reads_at_once
         self._store = store
         self._vault = vault
         self._authority = authority
@@ -97,18 +105,21 @@ class VaultRecords:
 
     async def list_points(self) -> StoredPoints:
         """Raises StoreFault."""
-        records: list[PointRecord] = []
-        damage: list[VaultFault] = []
-        for name in await self._names(object_names.points_prefix(self._vault)):
+
+        async def read(name: ObjectName) -> PointRecord | VaultFault:
             try:
                 record = await self._read(name, verify_point)
-                if PointName(vault=record.vault, point=record.point) != name:
-                    raise ObjectCorrupt(name=str(name), reason="it was signed as another point")
-                records.append(record)
             except VaultFault as fault:
-                damage.append(fault)
+                return fault
+            if PointName(vault=record.vault, point=record.point) != name:
+                return ObjectCorrupt(name=str(name), reason="it was signed as another point")
+            return record
+
+        found = await self._each(await self._names(object_names.points_prefix(self._vault)), read)
+        records = [record for record in found if isinstance(record, PointRecord)]
+        damage = tuple(fault for fault in found if isinstance(fault, VaultFault))
         records.sort(key=lambda record: (record.instant_ns, record.point))
-        return StoredPoints(records=tuple(records), damage=tuple(damage))
+        return StoredPoints(records=tuple(records), damage=damage)
 
     async def read_machine_descriptions(self) -> StoredDescriptions:
         """Raises StoreFault."""
@@ -160,3 +171,20 @@ class VaultRecords:
             raise FormatNotSupported(name=text, version=fields["version"], supported=fields["supported"]) from error
         except (SignatureInvalid, MalformedInput, ObjectNotFound, ObjectUnreadable) as error:
             raise ObjectCorrupt(name=text, reason=str(error)) from error
+
+    async def _each(self, items: Sequence[_Item], read: Callable[[_Item], Awaitable[_Result]]) -> list[_Result]:
+        """The results in the order of the items, reads_at_once at a time. The first failure ends it and is raised."""
+        results: dict[int, _Result] = {}
+        pending = iter(enumerate(items))
+
+        async def work() -> None:
+            for place, item in pending:
+                results[place] = await read(item)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self._reads_at_once, len(items))):
+                    group.create_task(work())
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
+        return [results[place] for place in range(len(items))]

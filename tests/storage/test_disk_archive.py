@@ -762,6 +762,33 @@ class TestRecords:
         assert stored.records == (point(3),)
         assert [fault.fields["name"] for fault in stored.damage] == names[:2]
 
+    async def test_many_points_are_read_several_at_a_time_and_an_unreadable_one_hides_no_other(
+        self, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        archive = DiskArchive(store, vault=VAULT, authority=authority().public_key(), reads_at_once=3)
+        for number in range(1, 13):
+            await archive.put_point(sign_point(point(number), authority()))
+        bad = str(PointName(vault=VAULT, point=point(7).point))
+        running, most, read = 0, 0, store.read
+
+        async def counted(name: str, **options: int | None) -> bytes:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0)
+            running -= 1
+            if name == bad:
+                raise ObjectUnreadable(url=store.url, name=name, reason="Input/output error")
+            return await read(name, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(store, "read", counted)
+        stored = await archive.list_points()
+        assert [record.point for record in stored.records] == [
+            point(number).point for number in range(1, 13) if number != 7
+        ]
+        assert [fault.fields["name"] for fault in stored.damage] == [bad]
+        assert most == 3
+
     async def test_a_point_that_the_authority_did_not_sign_is_not_stored(
         self, archive: DiskArchive, store: MemoryStore
     ) -> None:
