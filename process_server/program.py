@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from typing import Final
 
+import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from prometheus_client import CollectorRegistry
 
@@ -28,19 +29,24 @@ from runtime.observability import observability_endpoint
 from runtime.service import StopSignal, notify_ready
 from storage.backends.open_store import open_store
 from storage.disk_archive import DiskArchive
+from storage.errors import StoreUnavailable
 
 LOCK_FILE: Final = ".lock"
 FILE_THREADS: Final = 3
 """One writes the cache, the others read it for uploads and keep the state."""
 STORE_THREADS: Final = 4
+FIND_VAULT_SECONDS_MAX: Final = 10.0
 FRAME_BUFFERS: Final = 40
 """Received bodies that are not yet sealed, over all connections; 42 MiB."""
+
+_log = structlog.get_logger("process_server.program")
 
 
 class ProcessServerProgram:
     """`run_service(ProcessServerProgram(settings).run)`.
 
-    Raises NotEnrolled, StateLocked, PortTaken, AddressTaken, StoreNotSet, StoreMissing and what else start-up finds.
+    Raises NotEnrolled, StateLocked, PortTaken, AddressTaken, StoreNotSet, StoreMissing, NotAVault and what else
+    start-up finds.
     """
 
     def __init__(self, settings: ProcessServerSettings) -> None:
@@ -62,6 +68,9 @@ class ProcessServerProgram:
             stores = stack.enter_context(ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store"))
             store = open_store(settings.store, credentials_file=settings.store_credentials_file, executor=stores)
             stack.push_async_callback(store.close)
+            authority = Ed25519PublicKey.from_public_bytes(identity.vault_authority_public_key)
+            archive = DiskArchive(store, vault=identity.peer.vault, authority=authority)
+            await _find_vault(archive)
             control = await stack.enter_async_context(
                 ProcessServerControlClient(
                     server_url=identity.server_url,
@@ -77,13 +86,12 @@ class ProcessServerProgram:
                 name=identity.name,
                 renew_after_seconds=settings.renew_after_seconds,
             )
-            authority = Ed25519PublicKey.from_public_bytes(identity.vault_authority_public_key)
             ports = ProcessServerPorts(
                 identity=identity.peer,
                 signing_key=read_signing_key(directory.read(SIGNING_KEY_FILE)),
                 cache=LocalDirectory(settings.cache_path),
                 state=directory,
-                archive=DiskArchive(store, vault=identity.peer.vault, authority=authority),
+                archive=archive,
                 control=control,
                 clock=SystemClock(),
                 random_bytes=os.urandom,
@@ -126,6 +134,19 @@ class ProcessServerProgram:
         """With the certificate of the moment. Revoked certificates are refused by the service, live ones too."""
         credentials = self._path / CREDENTIALS_FILE
         return server_context(credentials, credentials, self._path / AUTHORITY_FILE)
+
+
+async def _find_vault(archive: DiskArchive) -> None:
+    """Looks before anything is written: where a file system is not mounted lies an empty directory, and no vault.
+
+    A store that is only away keeps nobody from starting: the cache takes what comes. Raises NotAVault, ObjectCorrupt,
+    FormatNotSupported, and what StoreFault no retry mends.
+    """
+    try:
+        async with asyncio.timeout(FIND_VAULT_SECONDS_MAX):
+            await archive.read_vault()
+    except (TimeoutError, StoreUnavailable) as error:
+        _log.warning("the store is away", reason=str(error) or "no answer in time")
 
 
 async def _stop_on(stop: StopSignal, server: ProcessServer) -> None:

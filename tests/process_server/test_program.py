@@ -34,7 +34,7 @@ from runtime.exit_codes import ExitCode
 from runtime.local_directory import LocalDirectory
 from runtime.service import StopSignal
 from runtime.settings import load
-from storage.errors import StoreMissing
+from storage.errors import NotAVault, StoreMissing
 from tests.process_server.world import DISK_BYTES, ScriptedAgent, World
 from tests.protocol.transport.certificates import Authority, Leaf
 
@@ -184,6 +184,16 @@ async def test_a_missing_store_fails_at_start(installation: Installation) -> Non
     settings = installation.settings.model_copy(update={"store": "file:///nowhere/at/all"})
     with pytest.raises(StoreMissing):
         await ProcessServerProgram(settings).run(StopSignal())
+
+
+async def test_a_directory_without_the_vault_fails_at_start_and_stays_empty(
+    installation: Installation, tmp_path: Path
+) -> None:
+    (tmp_path / "not-mounted").mkdir()
+    settings = installation.settings.model_copy(update={"store": f"file://{tmp_path}/not-mounted"})
+    with pytest.raises(NotAVault):
+        await ProcessServerProgram(settings).run(StopSignal())
+    assert not list((tmp_path / "not-mounted").iterdir())
 
 
 def test_run_without_an_enrolment_says_what_to_do(tmp_path: Path) -> None:

@@ -14,18 +14,16 @@ from protocol.control import DiskRegistration
 from protocol.control_errors import CredentialMissing, DiskOfAnotherMachine, ResourceNotFound, ServerNotTrusted
 from protocol.enrollment import AUTHORITY_FILE, CREDENTIALS_FILE
 from protocol.errors import CertificateRefused, NotPermitted
-from protocol.messages import CloseDisk, DiskOpened, Hello, Message, OpenDisk, Refusal
+from protocol.messages import CloseDisk, DiskOpened, Hello, Message, OpenDisk, Refusal, Welcome
 from protocol.transport import channel, tls
 from protocol.transport.control_client import AgentControlClient, ProcessServerControlClient
-from protocol.vocabulary import PeerIdentity, Role, VaultId
+from protocol.vocabulary import DiskId, PeerIdentity, Role, VaultId
 from runtime.exit_codes import ExitCode
 from tests.protocol.transport.certificates import Authority
 from tests.scenarios.conftest import ReplicatedSite
 from tests.scenarios.disks import MEBIBYTE, SourceDisk
 from tests.scenarios.processes import Finished, call_command
 from tests.scenarios.site import Agent, Site
-
-HELLO = Hello(wire_version_min=1, wire_version_max=1, agent_version="test", boot_id="test")
 
 
 @pytest.fixture(autouse=True)
@@ -139,47 +137,45 @@ def member_context(directory: Path) -> tls.IdentityContext:
     return tls.client_context(credentials, credentials, directory / AUTHORITY_FILE)
 
 
-async def converse(port: int, context: tls.IdentityContext, *messages: Message) -> list[Message]:
-    """Everything that the process server says to a client which says this, until it has answered the last or ends."""
-    heard: list[Message] = []
+async def ask_for(disk: DiskId, port: int, context: tls.IdentityContext) -> Message:
+    """What the process server answers, in the end, to a client with this certificate that wants to send the disk."""
     opened = await channel.connect("127.0.0.1", port, tls=context)
     try:
         async with asyncio.timeout(10):
-            for message in messages:
-                await opened.send(message)
-            while not heard or not isinstance(heard[-1], CloseDisk | DiskOpened | Refusal):
+            await opened.send(Hello(wire_version_min=1, wire_version_max=1, agent_version="test", boot_id="test"))
+            while True:
                 received = await opened.receive()
-                heard.append(received.message)
                 received.release()
+                match received.message:
+                    case Welcome():
+                        await opened.send(OpenDisk(channel=1, disk=disk, epoch=1, acknowledged_sequence=0))
+                    case CloseDisk() | DiskOpened() | Refusal() as answer:
+                        return answer
     finally:
         opened.abort()
-    return heard
 
 
 def test_a_certificate_of_another_authority_is_refused_on_the_data_port(
     replicated: ReplicatedSite, tmp_path: Path
 ) -> None:
-    open_disk = OpenDisk(channel=1, disk=replicated.disk, epoch=1, acknowledged_sequence=0)
     with pytest.raises(CertificateRefused):
-        asyncio.run(converse(replicated.site.data_port, forged_leaf(replicated, tmp_path), HELLO, open_disk))
+        asyncio.run(ask_for(replicated.disk, replicated.site.data_port, forged_leaf(replicated, tmp_path)))
 
 
 def test_a_certificate_of_another_role_is_refused_on_the_data_port(replicated: ReplicatedSite) -> None:
     context = member_context(replicated.site.process_directory)
-    open_disk = OpenDisk(channel=1, disk=replicated.disk, epoch=1, acknowledged_sequence=0)
-    heard = asyncio.run(converse(replicated.site.data_port, context, HELLO, open_disk))
-    assert isinstance(heard[-1], Refusal)
-    assert heard[-1].code == NotPermitted.code
-    assert "role" in heard[-1].detail
+    answer = asyncio.run(ask_for(replicated.disk, replicated.site.data_port, context))
+    assert isinstance(answer, Refusal)
+    assert answer.code == NotPermitted.code
+    assert "role" in answer.detail
 
 
 def test_an_agent_that_opens_another_machines_disk_is_refused(replicated: ReplicatedSite, tmp_path: Path) -> None:
     thief = newcomer(replicated.site, tmp_path)
     thief.enroll().expect(ExitCode.OK)
-    open_disk = OpenDisk(channel=1, disk=replicated.disk, epoch=1, acknowledged_sequence=0)
-    heard = asyncio.run(converse(replicated.site.data_port, member_context(thief.directory), HELLO, open_disk))
-    assert isinstance(heard[-1], CloseDisk)
-    assert heard[-1].code == NotPermitted.code
+    answer = asyncio.run(ask_for(replicated.disk, replicated.site.data_port, member_context(thief.directory)))
+    assert isinstance(answer, CloseDisk)
+    assert answer.code == NotPermitted.code
     assert replicated.agent.gauge("epoch", replicated.disk) == 1
 
 
@@ -260,9 +256,9 @@ def test_a_revoked_agent_is_cut_off_and_its_history_stays(tmp_path: Path, replic
     point = site.wait_for_point(disk, after_ns=source.changed_ns)
     site.revoke(identity_of(agent.directory).identifier)
     site.wait_until("it is told on the live connection", lambda: not agent.endpoint.is_ready())
-    heard = asyncio.run(converse(site.data_port, member_context(agent.directory), HELLO))
-    assert isinstance(heard[-1], Refusal)
-    assert heard[-1].code == CertificateRefused.code
+    answer = asyncio.run(ask_for(disk, site.data_port, member_context(agent.directory)))
+    assert isinstance(answer, Refusal)
+    assert answer.code == CertificateRefused.code
     agent.server.stop()
     site.expect_recovered_equal(disk, point, source.path)
 

@@ -77,13 +77,19 @@ def recover(stopped: StoppedSite, store: Path, point: str, target: Path) -> Fini
     )
 
 
-def last_segment_of(stopped: StoppedSite, store: Path, point: str) -> Path:
-    """The segment in which the point's bookmark is."""
+def segments_of(stopped: StoppedSite, store: Path, point: str) -> list[Path]:
+    """Those that the point is made of; its bookmark is in the last."""
     planned = stopped.site.from_storage(
         "recover", "--disk", stopped.disk, "--point", point, "--dry-run", "--json", store=store
     )
     count: int = planned.expect(ExitCode.OK).last_json_line["segments"]
-    return stopped.segments(store)[count - 1]
+    return stopped.segments(store)[:count]
+
+
+def changed_segment(stopped: StoppedSite, store: Path) -> Path:
+    """The segment that makes the difference between the two points: every point before it is of the first version."""
+    between = segments_of(stopped, store, stopped.newer)[len(segments_of(stopped, store, stopped.older)) :]
+    return max(between, key=lambda path: path.stat().st_size)
 
 
 def name_in(store: Path, segment: Path) -> str:
@@ -158,8 +164,7 @@ DAMAGES: list[Callable[[Path, StoppedSite], None]] = [
 def test_damage_is_named_and_what_it_spares_is_recovered(
     stopped: StoppedSite, store: Path, tmp_path: Path, damage: Callable[[Path, StoppedSite], None]
 ) -> None:
-    segment = last_segment_of(stopped, store, stopped.newer)
-    assert segment != last_segment_of(stopped, store, stopped.older)
+    segment = changed_segment(stopped, store)
     damage(segment, stopped)
     target = tmp_path / "recovered.img"
     done = recover(stopped, store, stopped.newer, target)
@@ -190,7 +195,7 @@ def test_a_forged_segment_is_refused(stopped: StoppedSite, store: Path, tmp_path
 
 
 def test_the_list_of_points_tells_of_damage(stopped: StoppedSite, store: Path) -> None:
-    lose(last_segment_of(stopped, store, stopped.newer), stopped)
+    lose(changed_segment(stopped, store), stopped)
     done = stopped.site.from_storage("points", "--disk", stopped.disk, "-o", "json", store=store)
     done.expect(ExitCode.PARTIAL, "damage:")
     recoverable = {row["point"]: row["recoverable"] for row in done.json}

@@ -82,9 +82,7 @@ def test_replication_goes_on_into_the_cache_while_the_store_is_away(site: Site) 
     )
     assert agent.gauge("committed_sequence", disk) <= committed + 1
     assert not site.store_directory.exists(), "a store that is away must not be made anew"
-    site.process_server.kill()
-    site.process_server.start(wait=False)
-    site.wait_until("the agent is connected again", agent.endpoint.is_ready)
+    source.change()
 
     away.rename(site.store_directory)
     newest = site.wait_for_point(disk, after_ns=source.changed_ns)

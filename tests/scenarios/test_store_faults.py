@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from protocol.vocabulary import DiskId
+from runtime.exit_codes import ExitCode
 from tests.scenarios.conftest import ReplicatedSite, replicate_two_points
 from tests.scenarios.disks import MEBIBYTE, SourceDisk
 from tests.scenarios.mounts import mounted, remount
@@ -65,14 +66,38 @@ def test_a_store_that_is_full_is_told_and_drained_into_when_it_has_room_again(tm
         expect_drained(made, site, made.disk, made.source)
 
 
-def test_a_process_server_that_starts_without_its_store_says_so_and_goes_on_when_it_is_there(site: Site) -> None:
+def test_a_process_server_without_its_store_says_so_and_goes_on_when_it_is_there_again(site: Site) -> None:
     made = replicate_two_points(site)
-    site.process_server.stop()
     away = site.store_directory.with_name("store-away")
     site.store_directory.rename(away)
-    site.process_server.start(wait=False)
+    made.source.change()
+    wait_for_uncommitted(site, made)
     wait_for_fault(site, "store-missing")
+    site.process_server.kill()
+    site.process_server.start(wait=False)
+    site.process_server.expect_end(ExitCode.NOT_FOUND)
+    assert "the directory does not exist" in site.process_server.log
     assert not site.store_directory.exists(), "a store that is away must not be made anew"
     away.rename(site.store_directory)
+    site.process_server.start()
+    expect_drained(made, site, made.disk, made.source)
+
+
+def test_nothing_is_written_into_another_directory_that_takes_the_stores_place(site: Site) -> None:
+    """A mount point whose file system is gone is an empty directory: what goes there is not in the store."""
+    made = replicate_two_points(site)
+    away = site.store_directory.with_name("store-away")
+    site.store_directory.rename(away)
+    site.store_directory.mkdir()
     made.source.change()
+    wait_for_uncommitted(site, made)
+    wait_for_fault(site, "store-unavailable")
+    site.process_server.kill()
+    site.process_server.start(wait=False)
+    site.process_server.expect_end(ExitCode.NOT_FOUND)
+    assert "holds no vault" in site.process_server.log
+    assert not list(site.store_directory.iterdir())
+    site.store_directory.rmdir()
+    away.rename(site.store_directory)
+    site.process_server.start()
     expect_drained(made, site, made.disk, made.source)
