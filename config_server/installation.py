@@ -20,6 +20,7 @@ from protocol.signed_records import AuthorityKey, parse_authority_key, serialise
 from protocol.vocabulary import PeerIdentity, Role, VaultId, check_identifier
 from runtime.directory import DurableDirectory
 from runtime.local_directory import LocalDirectory
+from runtime.locks import exclusive_lock
 
 MARKER_FILE: Final = "installation.json"
 VAULT_AUTHORITY_KEY_FILE: Final = "vault-authority-key.json"
@@ -55,11 +56,17 @@ class Installation:
 def initialise(path: Path, *, authority_key: AuthorityKey, now_ns: int) -> Installation:
     """Makes a configuration server for the key's vault in `path` (0700, made if missing); durable on return. Blocks.
 
-    Raises AlreadyInitialised (nothing is touched then), OSError.
+    Raises AlreadyInitialised, StateLocked (another init, or a server, is at it; nothing is touched then), OSError.
     """
     directory = LocalDirectory(path)
-    if MARKER_FILE in directory.names():
-        raise AlreadyInitialised(path=path)
+    with exclusive_lock(path / LOCK_FILE):
+        if MARKER_FILE in directory.names():
+            raise AlreadyInitialised(path=path)
+        _make(directory, authority_key, now_ns)
+    return read_installation(path)
+
+
+def _make(directory: DurableDirectory, authority_key: AuthorityKey, now_ns: int) -> None:
     authority = CertificateAuthority.make(authority_key.vault, now_ns)
     admin_token = base64.urlsafe_b64encode(secrets.token_bytes(ADMIN_TOKEN_BYTES)).decode().rstrip("=")
     identifier = secrets.token_hex(16)
@@ -72,7 +79,6 @@ def initialise(path: Path, *, authority_key: AuthorityKey, now_ns: int) -> Insta
         (MARKER_FILE, json.dumps(marker, indent=1).encode() + b"\n"),
     ):
         directory.replace(name, data)
-    return read_installation(path)
 
 
 def read_installation(path: Path) -> Installation:

@@ -39,6 +39,7 @@ from config_server.installation import (
     AUTHORITY_FILE,
     AUTHORITY_KEY_FILE,
     DATABASE_FILE,
+    LOCK_FILE,
     MARKER_FILE,
     VAULT_AUTHORITY_KEY_FILE,
     initialise,
@@ -51,6 +52,7 @@ from protocol.signed_records import serialise_authority_key
 from protocol.transport.control_client import AgentControlClient
 from protocol.vocabulary import DiskId
 from runtime.errors import SecretMissing, SettingInvalid, SettingUnknown, StateLocked
+from runtime.locks import exclusive_lock
 from runtime.observability import ListenAddress, ObservabilitySettings
 from tests.config_server.running import (
     AUTHORITY_KEY,
@@ -120,6 +122,13 @@ def test_init_never_overwrites(tmp_path: Path) -> None:
     with pytest.raises(AlreadyInitialised):
         invoke("init", "--dir", str(path), "--authority-key", str(key_file(tmp_path)))
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+def test_two_inits_at_once_do_not_mix_their_keys(tmp_path: Path) -> None:
+    path = tmp_path / "server"
+    with exclusive_lock(path / LOCK_FILE), pytest.raises(StateLocked):
+        initialise(path, authority_key=AUTHORITY_KEY, now_ns=NOW_NS)
+    assert [file.name for file in path.iterdir()] == [LOCK_FILE]
 
 
 @pytest.mark.parametrize("written", range(4))
