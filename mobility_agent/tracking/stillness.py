@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import signal
 import threading
+from typing import Final
 
 from mobility_agent.errors import NotProvedStill
 
+PROBE_BYTES: Final = 4096
+_READ: Final = (2,)
+"""Sectors read, in the kernel's block device statistics."""
+_WRITTEN: Final = (4, 6, 11, 13)
+"""Writes and discards completed, and their sectors, which are counted before their issuer hears of it."""
 _LEASE_REFUSALS = {
     errno.EAGAIN: "somebody has the file open for writing",
     errno.EACCES: "a lease needs the file's owner or CAP_LEASE",
@@ -68,7 +75,8 @@ class ExclusiveProof:
     """Exclusive use of a block device (nobody can mount it meanwhile), and the kernel's own count of writes unchanged.
 
     The count catches those who write without mounting; what such a writer left in the page cache is flushed, and so
-    counted, by the reads that would see it, for they are O_DIRECT.
+    counted, by the reads that would see it, for they are O_DIRECT. A kernel that does not count (queue/iostats = 0,
+    some virtual devices) proves nothing: whether it does is tried, at begin and end, with a read of our own.
     """
 
     def __init__(self, path: str, *, device: int) -> None:
@@ -76,7 +84,7 @@ class ExclusiveProof:
         self._statistics_path = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat"
         self._lock = threading.Lock()
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_DIRECT)
         except OSError as error:
             busy = "the device is mounted or in use"
             raise NotProvedStill(reason=busy if error.errno == errno.EBUSY else str(error.strerror)) from error
@@ -84,35 +92,47 @@ class ExclusiveProof:
         try:
             if os.fstat(descriptor).st_rdev != device:
                 raise NotProvedStill(reason="the path leads to another device now")
-            self._written = self._count()
-            if self._written is None:
-                raise NotProvedStill(reason="the kernel does not tell the device's write count")
+            self._written = self._count(_WRITTEN)
+            if self._written is None or not self._is_counted(descriptor):
+                raise NotProvedStill(reason="the kernel does not count what is written to the device (queue/iostats)")
         except BaseException:
             os.close(descriptor)
             raise
 
     def holds(self) -> bool:
         with self._lock:
-            if self._descriptor is not None and self._count() != self._written:
+            if self._descriptor is not None and self._count(_WRITTEN) != self._written:
                 self._release(self._descriptor)
             return self._descriptor is not None
 
     def end(self) -> bool:
+        with self._lock:
+            was_counted = self._descriptor is not None and self._is_counted(self._descriptor)
         was_still = self.holds()
         with self._lock:
             if self._descriptor is not None:
                 self._release(self._descriptor)
-        return was_still
+        return was_still and was_counted
 
     def _release(self, descriptor: int) -> None:
         self._descriptor = None
         os.close(descriptor)
 
-    def _count(self) -> tuple[str, ...] | None:
-        """Writes and discards completed, and their sectors; None when the kernel does not tell (any more)."""
+    def _is_counted(self, descriptor: int) -> bool:
+        """Whether the kernel's counts move with what is done to the device: tried with a read."""
+        before = self._count(_READ)
+        with mmap.mmap(-1, PROBE_BYTES) as buffer:
+            try:
+                os.preadv(descriptor, [buffer], 0)
+            except OSError:
+                return False  # why: what cannot be read is not proved either; the round's own reads tell the fault
+        return before is not None and self._count(_READ) != before
+
+    def _count(self, wanted: tuple[int, ...]) -> tuple[str, ...] | None:
+        """Fields of the device's statistics; None when the kernel does not tell (any more)."""
         try:
             with open(self._statistics_path, encoding="ascii") as file:
                 fields = file.read().split()
         except OSError:
             return None
-        return tuple(fields[index] for index in (4, 6, 11, 13) if index < len(fields))
+        return tuple(fields[index] for index in wanted if index < len(fields))

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,29 @@ def test_an_exclusive_device_is_still_until_somebody_writes_to_it(loop: str) -> 
     os.close(descriptor)
     assert not proof.holds()
     assert not proof.end()
+    disk.close()
+
+
+@contextmanager
+def uncounted(device: str) -> Iterator[None]:
+    """The kernel does not count what is read from and written to the device."""
+    switch = Path("/sys/block", Path(device).name, "queue/iostats")
+    switch.write_text("0")
+    try:
+        yield
+    finally:
+        switch.write_text("1")
+
+
+def test_a_device_whose_writes_are_not_counted_is_never_proved_still(loop: str) -> None:
+    disk = LocalDisk(loop, expected=None)
+    with uncounted(loop), pytest.raises(NotProvedStill) as caught:
+        disk.begin_stillness()
+    assert "iostats" in str(caught.value)
+    proof = disk.begin_stillness()
+    with uncounted(loop):
+        assert proof.holds(), "nothing shows it yet"
+        assert not proof.end()
     disk.close()
 
 
