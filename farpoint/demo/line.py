@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
-from farpoint.demo.measures import Counts, counted
+from farpoint.demo.measures import Counts, answers, counted
 from farpoint.demo.programs import HOST, Program, Programs, free_port
 from protocol.control_errors import ServerUnreachable
 from protocol.operator_messages import DiskStatus, RecoveryPointStatus
@@ -118,16 +118,11 @@ class Line:
         await self._start_config_server()
         await self._start_process_server()
         await self._enroll("agent", "mobility_agent")
+        await self._start_agent()
 
     async def protect(self, image: Path) -> DiskId:
-        """Starts the agent with this image protected; the disk's identifier. Initial replication begins."""
-        directory = ("--dir", self._state("mobility-agent"))
-        await self._programs.call("mobility_agent", "protect", *directory, image)
-        self._running.append(
-            await self._programs.start(
-                "mobility_agent", "run", *directory, "--set", f"observability.address={HOST}:{self._agent_port}"
-            )
-        )
+        """Tells the running agent to protect this image; the disk's identifier. Initial replication begins."""
+        await self._programs.call("mobility_agent", "protect", "--dir", self._state("mobility-agent"), image)
         disks = await self._wait("the disk's registration", START_SECONDS_MAX, lambda: self._disks(), on_poll=None)
         return disks[0].disk
 
@@ -216,6 +211,16 @@ class Line:
                 *("--set", f"observability.address={HOST}:{self._process_server_port}"),
             )
         )
+
+    async def _start_agent(self) -> None:
+        self._running.append(
+            await self._programs.start(
+                "mobility_agent",
+                *("run", "--dir", self._state("mobility-agent")),
+                *("--set", f"observability.address={HOST}:{self._agent_port}"),
+            )
+        )
+        await self._wait("the agent", START_SECONDS_MAX, lambda: answers(self._agent_port), on_poll=None)
 
     async def _enroll(self, role: str, package: str, *more: object) -> None:
         """A join token by the operator's command line, and its use by the newcomer."""

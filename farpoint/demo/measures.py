@@ -30,6 +30,15 @@ class Counts:
         )
 
 
+async def answers(port: int) -> bool:
+    """Whether a program serves its metrics at `port` by now."""
+    try:
+        await counted(port, "")
+    except (aiohttp.ClientError, TimeoutError):
+        return False
+    return True
+
+
 async def counted(port: int, name: str) -> int:
     """The sum over all labels of one counter or gauge of the program whose endpoint is at `port`; 0 if it has none.
 
