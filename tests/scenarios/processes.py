@@ -97,7 +97,8 @@ def run_command(program: str, *arguments: object, environment: dict[str, str] | 
 def call_command(program: str, *arguments: object) -> Finished:
     """The same within this process, for the many commands that no scenario is about: a start costs a CPU-second."""
     command = (program, *map(str, arguments))
-    done = CliRunner().invoke(MAINS[program], command[1:], prog_name=program)
+    meant_for_us = {name: None for name in os.environ if name.startswith("FARPOINT_")}
+    done = CliRunner(env=meant_for_us).invoke(MAINS[program], command[1:], prog_name=program)
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
     return Finished(command=command, exit_code=done.exit_code, stdout=done.stdout, stderr=done.stderr)

@@ -1,13 +1,17 @@
 """kill -9 of everything, at instants that a seed draws: nothing acknowledged is lost, and replication converges.
 
-FARPOINT_KILL_SEEDS gives other seeds than the usual ones: a list such as `7,8,9`.
+KILL_SEEDS gives other seeds than the usual ones: a list such as `7,8,9`.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from tests.scenarios.disks import MEBIBYTE, SourceDisk, digest_of
 from tests.scenarios.processes import Server
 from tests.scenarios.site import Agent, Site
 
-SEEDS = [int(seed) for seed in os.environ.get("FARPOINT_KILL_SEEDS", "1,2").split(",")]
+SEEDS = [int(seed) for seed in os.environ.get("KILL_SEEDS", "1,2").split(",")]
 DISK_BYTES = 128 * MEBIBYTE
 KILLS_DURING_INITIAL_REPLICATION = 6
 KILLS_DURING_CHANGES = 5
@@ -85,9 +89,9 @@ def test_nothing_acknowledged_is_lost_when_servers_are_killed(tmp_path: Path, se
         for _ in range(KILLS_DURING_INITIAL_REPLICATION):
             killer.strike(weighted)
         first = site.wait_for_point(disk, after_ns=source.changed_ns)
-        for _ in range(KILLS_DURING_CHANGES):
-            source.change()
-            killer.strike(weighted)
+        with changing(source, draw.random()):
+            for _ in range(KILLS_DURING_CHANGES):
+                killer.strike(weighted)
         newest = site.wait_for_point(disk, after_ns=source.changed_ns)
         site.wait_until("all that was acknowledged is committed", acknowledged.is_committed)
         site.stop()
@@ -101,6 +105,25 @@ def test_nothing_acknowledged_is_lost_when_servers_are_killed(tmp_path: Path, se
         )
         for point in {first, *draw.sample(sorted(points), k=min(3, len(points)))}:
             expect_a_version(site, source, disk, points[point])
+
+
+@contextmanager
+def changing(source: SourceDisk, seed: float) -> Iterator[None]:
+    """The source is written to again and again for the length of the block, with pauses in which it is still."""
+    draw = random.Random(seed)
+    is_over = threading.Event()
+
+    def write() -> None:
+        while not is_over.wait(draw.uniform(0.1, 1.5)):
+            source.change()
+
+    with ThreadPoolExecutor(1) as executor:
+        writing = executor.submit(write)
+        try:
+            yield
+        finally:
+            is_over.set()
+            writing.result()
 
 
 def expect_a_version(site: Site, source: SourceDisk, disk: DiskId, row: dict[str, Any]) -> None:
