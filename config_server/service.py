@@ -45,6 +45,8 @@ from runtime.service import StopSignal, notify_ready
 OBSERVE_SECONDS: Final = 15.0
 CERTIFICATE_CHECK_SECONDS: Final = 60.0
 """How often this server looks whether its own certificate is due: a day of the wall clock is not one of waiting."""
+IDLE_SECONDS_MAX: Final = 60.0
+"""How long a connection may wait for a whole request line and headers; members' own connections wait less."""
 SHUTDOWN_SECONDS_MAX: Final = 5.0
 """How long requests in flight may take to end; long polls end at once."""
 
@@ -158,6 +160,7 @@ class ConfigServer:
         runner = web.AppRunner(
             make_application(rooms, metrics),
             access_log=None,
+            keepalive_timeout=IDLE_SECONDS_MAX,
             shutdown_timeout=SHUTDOWN_SECONDS_MAX,
             # why: a small compressed body can become a large one before anybody has counted it
             auto_decompress=False,

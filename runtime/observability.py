@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import prometheus_client
 from aiohttp import web
@@ -21,6 +22,10 @@ from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from protocol.errors import CannotListen, PortTaken
+
+IDLE_SECONDS_MAX: Final = 75.0
+"""How long a connection may wait for its next whole request: longer than Prometheus waits between two by default."""
+SHUTDOWN_SECONDS_MAX: Final = 1.0
 
 Readiness = Callable[[], Sequence[str]]
 """The reasons why the program does not serve at the moment; none means ready. Called on the event loop, so it is
@@ -104,7 +109,9 @@ async def observability_endpoint(
             web.get("/readyz", _readyz(readiness)),
         ]
     )
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
+    runner = web.AppRunner(
+        application, access_log=None, keepalive_timeout=IDLE_SECONDS_MAX, shutdown_timeout=SHUTDOWN_SECONDS_MAX
+    )
     await runner.setup()
     try:
         with listening(address):

@@ -23,6 +23,7 @@ from alembic.runtime.migration import MigrationContext
 from click.testing import CliRunner
 from sqlalchemy import create_engine
 
+from config_server import service
 from config_server.__main__ import main
 from config_server.database.disks import list_disks
 from config_server.database.engine import open_database
@@ -49,7 +50,7 @@ from protocol.control import NO_REVISION
 from protocol.control_errors import ServerUnreachable, ServerUnwell
 from protocol.errors import PortTaken, ReplicationError
 from protocol.signed_records import serialise_authority_key
-from protocol.transport.control_client import AgentControlClient
+from protocol.transport.control_client import AgentControlClient, client_context
 from protocol.vocabulary import DiskId
 from runtime.errors import SecretMissing, SettingInvalid, SettingUnknown, StateLocked
 from runtime.locks import exclusive_lock
@@ -302,6 +303,18 @@ async def test_what_was_answered_survives_kill_minus_nine_at_any_moment(tmp_path
         kept = {order.disk for order in (await agent.report(agent_report())).disks}
     assert answered
     assert kept >= answered
+
+
+async def test_whoever_never_finishes_a_request_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "IDLE_SECONDS_MAX", 0.2)
+    async with running_server(tmp_path / "server") as server:
+        context = client_context(authority_pem=server.authority_pem)
+        for begun in (b"", b"GET /v1/authority HTTP/1.1\r\nHost: server\r\n"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.address.port, ssl=context)
+            writer.write(begun)
+            async with asyncio.timeout(20):
+                assert await reader.read() == b""
+            writer.close()
 
 
 async def test_its_endpoint_tells_metrics_with_bounded_labels_and_readiness(tmp_path: Path) -> None:
