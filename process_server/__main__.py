@@ -9,15 +9,16 @@ from typing import Final
 
 import click
 
-from process_server.enrollment import enroll_process_server
 from process_server.program import LOCK_FILE, ProcessServerProgram
 from process_server.settings import PROGRAM, ProcessServerSettings
 from protocol.join_token import JoinToken
+from protocol.vocabulary import Role
 from runtime.command_line import ProgramGroup, config_commands, output_option, with_settings
 from runtime.exit_codes import ExitCode
 from runtime.local_directory import LocalDirectory
 from runtime.locks import exclusive_lock
 from runtime.logs import configure_logs
+from runtime.membership import enroll_member
 from runtime.output import Output
 from runtime.secrets import read_secret
 from runtime.service import run_service
@@ -58,8 +59,12 @@ def enroll(loaded: Loaded[ProcessServerSettings], output: Output, server: str, t
     token = JoinToken.parse(read_secret(token_file).decode("utf-8", "replace").strip())
     with exclusive_lock(path / LOCK_FILE):
         identity = asyncio.run(
-            enroll_process_server(
-                LocalDirectory(path), server_url=server, token=token, name=name or socket.gethostname()
+            enroll_member(
+                LocalDirectory(path),
+                server_url=server,
+                token=token,
+                role=Role.PROCESS_SERVER,
+                name=name or socket.gethostname(),
             )
         )
     output.record({"process_server": identity.peer.identifier, "vault": identity.peer.vault, "directory": str(path)})

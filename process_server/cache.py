@@ -4,7 +4,8 @@ queued.
 Invariants: what `append` returned survives power loss; after a failed write or synchronize nothing of that batch
 counts, the file gets no further byte, what it held is read back and checked, and the batch goes into a new file; the
 files never occupy more than the limit; a file is removed only when every segment with bytes in it is committed and that
-is durable in a later file; one file's worth of room is kept for what closes and commits segments when frames have none.
+is durable in a later file; one file's worth of room is kept for what closes and commits segments when frames have none,
+and given out in small files, so that a full cache empties again however often it is restarted.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from process_server.metrics import ProcessServerMetrics
 from runtime.directory import DurableDirectory
 from storage.frame_record import RECORD_BYTES_MAX
 
+KEPT_FILE_SHARES: Final = 16
+"""The room of one file that is kept for closing and committing is given out in so many parts."""
 WRITE_PAUSE_SECONDS_FIRST: Final = 0.1
 WRITE_PAUSE_SECONDS_MAX: Final = 10.0
 
@@ -124,16 +127,17 @@ class Cache:
     async def append(self, records: Sequence[CacheRecord], *, has_frames: bool) -> list[Location]:
         """Writes the records as one batch and returns where their payloads lie; durable on return.
 
+        Without records it only begins a file, if none is being written.
         Tries until the cache can be written, with growing pauses. has_frames: the batch may not take the room that is
         kept for closing segments. Raises CacheFull if there is no room; nothing was written then.
         """
-        length = batch_bytes(records)
+        length = batch_bytes(records) if records else 0
         pause_seconds = 0.0
         while True:
             await asyncio.sleep(pause_seconds)
             try:
                 await self._make_room(length, has_frames=has_frames)
-                locations = await self._run(lambda: self._files_io.append(records))
+                locations = await self._run(lambda: self._files_io.append(records)) if records else []
             except OSError as error:
                 pause_seconds = min(max(WRITE_PAUSE_SECONDS_FIRST, 2 * pause_seconds), WRITE_PAUSE_SECONDS_MAX)
                 await self._abandon(error)
@@ -153,15 +157,12 @@ class Cache:
         self._files_io.buffers.give_back(read.buffers)
 
     async def remove_unused(self) -> None:
-        """Removes every file older than the newest checkpoint that no uncommitted segment needs. Durable on return."""
-        # why: a file's first batch says where every disk stands, so the older ones are needed for their frames only.
-        # After a restart that is so before anything is written, which without room nothing ever might be.
-        newest = max((number for number, file in self._files.items() if file.end_bytes), default=-1)
-        unused = [
-            number
-            for number, file in self._files.items()
-            if not file.segments and (number < newest or (not file.end_bytes and number != self._active_number))
-        ]
+        """Removes every file older than the active one that no uncommitted segment needs. Durable on return."""
+        if self._active is None:
+            # why: until a newer file's checkpoint says where the disks stand, the older ones do.
+            return
+        active = self._active_number
+        unused = [number for number, file in self._files.items() if not file.segments and number < active]
         for number in unused:
             try:
                 await self._run(partial(self._files_io.remove, number))
@@ -182,17 +183,28 @@ class Cache:
         if self._active and self._active.end_bytes + length_bytes <= self._active.size_bytes:
             # why: when no other file can follow, the active one is the one that was kept free.
             return not has_frames or self.used_bytes + self._file_bytes <= self._bytes_max
-        kept_bytes = self._file_bytes if has_frames else 0
-        file_bytes = max(self._file_bytes, batch_bytes(self._checkpoint_records()) + length_bytes)
-        return self.used_bytes + file_bytes + kept_bytes <= self._bytes_max
+        return self._next_file_bytes(self._checkpoint_records(), length_bytes, has_frames=has_frames) is not None
+
+    def _next_file_bytes(self, checkpoint: list[CacheRecord], length_bytes: int, *, has_frames: bool) -> int | None:
+        """How large a new file for a batch of that length is to be, None if there is no room for one."""
+        needed_bytes = batch_bytes(checkpoint) + length_bytes
+        room_bytes = self._bytes_max - self.used_bytes
+        if max(self._file_bytes, needed_bytes) + self._file_bytes <= room_bytes:
+            return max(self._file_bytes, needed_bytes)
+        if has_frames:
+            return None
+        # why: every restart begins a file before it can remove one; what is kept free has to outlast many in a row.
+        file_bytes = max(padded(self._file_bytes // KEPT_FILE_SHARES), needed_bytes)
+        return file_bytes if file_bytes <= room_bytes else None
 
     async def _make_room(self, length_bytes: int, *, has_frames: bool) -> None:
-        if not self.fits(length_bytes, has_frames=has_frames):
-            raise CacheFull(name=file_name(self._next_number), reason=f"limit of {self._bytes_max} bytes")
-        if self._active and self._active.end_bytes + length_bytes <= self._active.size_bytes:
+        is_in_active = self._active and self._active.end_bytes + length_bytes <= self._active.size_bytes
+        if is_in_active and self.fits(length_bytes, has_frames=has_frames):
             return
         checkpoint = self._checkpoint_records()
-        file_bytes = max(self._file_bytes, batch_bytes(checkpoint) + length_bytes)
+        file_bytes = self._next_file_bytes(checkpoint, length_bytes, has_frames=has_frames)
+        if is_in_active or file_bytes is None:
+            raise CacheFull(name=file_name(self._next_number), reason=f"limit of {self._bytes_max} bytes")
         number, self._next_number = self._next_number, self._next_number + 1
         # why: the file counts from before it exists, so that the limit holds however its creation ends; and nobody may
         # take it for unused meanwhile, or what is written and acknowledged next would go into a removed file.

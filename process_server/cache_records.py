@@ -15,6 +15,7 @@ from typing_extensions import Buffer
 
 from process_server.cache_log import LocatedRecord, file_name
 from process_server.errors import CacheDamaged
+from protocol.errors import InvalidValue
 from protocol.vocabulary import Consistency, DiskId, PointId, check_identifier, check_range
 
 _U32: Final = struct.Struct("<I")
@@ -36,8 +37,9 @@ class DiskCheckpoint:
     """Where a disk's history stands after its newest closed segment, or at the start of its epoch (sequence 0).
 
     ordinal: of the newest closed segment, one less than the epoch's first at its start. trailer_hash: of that segment,
-    or what the epoch's first segment names as its predecessor. cursor: the newest copy-in cursor, None if none was
-    stated.
+    or what the epoch's first segment names as its predecessor. committed_ordinal: of the newest segment known to be
+    readable in the store; at the start of an epoch the same as ordinal. cursor: the newest copy-in cursor, None if none
+    was stated.
     """
 
     disk: DiskId
@@ -45,6 +47,7 @@ class DiskCheckpoint:
     parent_epoch: int
     parent_sequence: int
     ordinal: int
+    committed_ordinal: int
     sequence: int
     trailer_hash: bytes
     copy_in_cursor_bytes: int | None
@@ -93,6 +96,7 @@ def encode_checkpoint(checkpoint: DiskCheckpoint) -> bytes:
             [
                 checkpoint.parent_epoch,
                 checkpoint.parent_sequence,
+                checkpoint.committed_ordinal,
                 checkpoint.sequence,
                 checkpoint.trailer_hash,
                 checkpoint.copy_in_cursor_bytes,
@@ -107,19 +111,20 @@ def decode_checkpoint(record: LocatedRecord, data: Buffer) -> DiskCheckpoint:
     name = file_name(record.location.file_number)
     fields = _unpack(data, name)
     try:
-        parent_epoch, parent_sequence, sequence, trailer_hash, cursor, points = fields
+        parent_epoch, parent_sequence, committed_ordinal, sequence, trailer_hash, cursor, points = fields
         return DiskCheckpoint(
             disk=record.disk,
             epoch=record.epoch,
             parent_epoch=parent_epoch,
             parent_sequence=parent_sequence,
             ordinal=record.ordinal,
+            committed_ordinal=check_range(committed_ordinal, "committed_ordinal", low=0, high=record.ordinal),
             sequence=sequence,
             trailer_hash=trailer_hash,
             copy_in_cursor_bytes=cursor,
             unreported_points=tuple(_point(point) for point in points),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, InvalidValue) as error:
         raise CacheDamaged(name=name, reason=f"a position record is malformed: {error}") from error
 
 
@@ -158,7 +163,7 @@ def decode_closed(data: Buffer, name: str) -> ClosedSegmentRecord:
             header=bytes(view[facts_end : facts_end + header_bytes]),
             end=bytes(view[facts_end + header_bytes :]),
         )
-    except (TypeError, ValueError, struct.error) as error:
+    except (TypeError, ValueError, InvalidValue, struct.error) as error:
         raise CacheDamaged(name=name, reason=f"a segment's end is malformed: {error}") from error
 
 

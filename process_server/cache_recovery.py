@@ -1,8 +1,8 @@
 """What the cache holds after a restart, by replaying its records in order.
 
 Invariants: what was acknowledged is found again, or the disk is reported as damaged and trusted for nothing; frames of
-an unfinished change set are never taken for a whole one; a segment whose opening is no longer there was committed,
-because a file is removed only after that.
+an unfinished change set are never taken for a whole one; a segment counts as committed only if a record or a
+checkpoint says so, or one behind it was.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import structlog
 from process_server.cache_files import CacheFiles, ScannedFile
 from process_server.cache_log import LocatedRecord, Location, LocationTable, RecordKind, file_name, file_number_of
 from process_server.cache_records import (
+    CachedPoint,
     ClosedSegmentRecord,
     DiskCheckpoint,
     decode_checkpoint,
@@ -81,9 +82,21 @@ class RecoveredCache:
 @dataclass(slots=True, kw_only=True)
 class _Replayed:
     position: DiskCheckpoint
+    committed_ordinal: int
     segments: dict[tuple[int, int], CachedSegment] = field(default_factory=dict)
     is_damaged: bool = False
     is_in_checkpoint: bool = True
+
+    def take_committed(self, ordinal: int) -> tuple[CachedPoint, ...]:
+        """All segments up to this one are readable in the store, whether or not each has its own record here: that may
+        have gone with its file. Returns their points."""
+        self.committed_ordinal = max(self.committed_ordinal, ordinal)
+        points: tuple[CachedPoint, ...] = ()
+        for epoch, number in sorted(self.segments):
+            if epoch == self.position.epoch and number <= ordinal:
+                closed = self.segments.pop((epoch, number)).closed
+                points += closed.points if closed else ()
+        return points
 
 
 class Replay:
@@ -96,15 +109,20 @@ class Replay:
         """A POSITION record. In a checkpoint it repeats what is known; elsewhere it replaces it."""
         known = self._disks.get(checkpoint.disk)
         if known is None:
-            self._disks[checkpoint.disk] = _Replayed(position=checkpoint)
+            self._disks[checkpoint.disk] = _Replayed(
+                position=checkpoint, committed_ordinal=checkpoint.committed_ordinal
+            )
             return
         known.is_in_checkpoint = True
         stands = (known.position.epoch, known.position.ordinal, known.position.trailer_hash)
         if is_checkpoint and stands == (checkpoint.epoch, checkpoint.ordinal, checkpoint.trailer_hash):
             known.position = checkpoint
+            known.take_committed(checkpoint.committed_ordinal)
             return
         # why: a checkpoint that does not repeat what was replayed shows that records before it are lost.
-        self._disks[checkpoint.disk] = _Replayed(position=checkpoint, is_damaged=is_checkpoint)
+        self._disks[checkpoint.disk] = _Replayed(
+            position=checkpoint, committed_ordinal=checkpoint.committed_ordinal, is_damaged=is_checkpoint
+        )
 
     def begin_checkpoint(self) -> None:
         """A new file: the positions that follow are all that are known."""
@@ -153,11 +171,8 @@ class Replay:
 
     def committed(self, record: LocatedRecord) -> None:
         replayed = self._disks.get(record.disk)
-        if replayed is None:
-            return
-        segment = replayed.segments.pop((record.epoch, record.ordinal), None)
-        if segment is not None and segment.closed is not None:
-            points = replayed.position.unreported_points + segment.closed.points
+        if replayed is not None and record.epoch == replayed.position.epoch:
+            points = replayed.position.unreported_points + replayed.take_committed(record.ordinal)
             replayed.position = dataclasses.replace(replayed.position, unreported_points=points)
 
     def finish(self) -> tuple[dict[DiskId, RecoveredDisk], set[DiskId]]:
@@ -183,9 +198,10 @@ def _assemble(replayed: _Replayed) -> RecoveredDisk | None:
         (segment for (epoch, _), segment in replayed.segments.items() if epoch == position.epoch and segment.closed),
         key=lambda segment: segment.opening.ordinal,
     )
-    first = position.ordinal - len(waiting) + 1
-    is_contiguous = all(segment.opening.ordinal == first + number for number, segment in enumerate(waiting))
-    if replayed.is_damaged or not is_contiguous or not all(segment.is_whole for segment in waiting):
+    # why: a segment that is neither here nor known to be committed was acknowledged, and is lost.
+    expected = list(range(replayed.committed_ordinal + 1, position.ordinal + 1))
+    is_complete = [segment.opening.ordinal for segment in waiting] == expected
+    if replayed.is_damaged or not is_complete or not all(segment.is_whole for segment in waiting):
         return None
     work = replayed.segments.get((position.epoch, position.ordinal + 1))
     return RecoveredDisk(position=position, waiting=waiting, work=work)

@@ -114,6 +114,9 @@ class CacheWriter:
 
     async def run(self) -> None:
         """Until cancelled. Between two batches nothing is half done."""
+        # why: a new file says where every disk stands, so that older ones can go. A cache that was full when it was
+        # stopped, with nothing left to close or to commit, would otherwise stay full.
+        await self._append([], has_frames=False)
         while True:
             batch, has_frames = await self._gather()
             records = [record for _, item_records in batch for record in item_records]

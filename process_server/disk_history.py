@@ -115,7 +115,10 @@ class DiskHistory:
         """Where the disk stands, for the start of a log file; None if that is not known."""
         if self.position is None:
             return None
-        return dataclasses.replace(self.position, unreported_points=self.unreported_points)
+        committed_ordinal = self.waiting[0].opening.ordinal - 1 if self.waiting else self.position.ordinal
+        return dataclasses.replace(
+            self.position, committed_ordinal=committed_ordinal, unreported_points=self.unreported_points
+        )
 
     def is_broken_off(self) -> bool:
         """Whether what is still on its way into the cache has to be dropped."""
@@ -283,7 +286,7 @@ class DiskHistory:
         self.position = self.prepared = recovered.position
         self._add_points(recovered.position.unreported_points)
         self.waiting = list(recovered.waiting)
-        for segment in self.waiting:
+        for segment in (*self.waiting, *([recovered.work] if recovered.work else [])):
             for number in segment.files:
                 self._tools.cache.hold(number)
         self.positions = DiskPositions.at(
@@ -302,8 +305,11 @@ class DiskHistory:
                 self._durable_cursor_bytes = frames.copy_in_cursor_bytes
 
     def close_recovered(self, segment: CachedSegment, frames: SegmentFrames) -> None:
-        """Closes, after a restart, the segment that was in work. Its data key is gone; it is never appended to."""
-        self.hold_files(frames, segment.files)
+        """Closes, after a restart, the segment that was in work. Its data key is gone; it is never appended to.
+
+        Its files have been held since recover().
+        """
+        frames.files.update(segment.files)
         self._tools.writer.put(CloseItem(history=self, opening=lambda: segment.opening, frames=frames))
 
     def settle(self) -> None:

@@ -102,22 +102,6 @@ class ServiceStopping(LocalFault):
     message = "the process server is stopping"
 
 
-class NotEnrolled(LocalFault):
-    """Fields: directory."""
-
-    code = "not-enrolled"
-    message = "{directory} holds no enrolled identity"
-    hint = "Run `process-server enroll --server URL --token-file FILE --dir DIR` first."
-
-
-class AlreadyEnrolled(LocalFault):
-    """Fields: directory."""
-
-    code = "already-enrolled"
-    message = "{directory} holds an enrolled identity already"
-    hint = "To enrol anew, use another directory: the signing key in this one may still be needed for its cache."
-
-
 class StoreNotSet(LocalFault):
     """The settings name no store."""
 

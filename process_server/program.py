@@ -12,7 +12,6 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from prometheus_client import CollectorRegistry
 
-from process_server.enrollment import CertificateRenewal, read_identity
 from process_server.errors import StoreNotSet
 from process_server.service import ProcessServer, ProcessServerPorts
 from process_server.settings import PROGRAM, ProcessServerSettings
@@ -24,6 +23,7 @@ from protocol.transport.tls import IdentityContext, server_context
 from runtime.clock import SystemClock
 from runtime.local_directory import LocalDirectory
 from runtime.locks import exclusive_lock
+from runtime.membership import CertificateRenewal, read_identity
 from runtime.metrics import register_process_metrics
 from runtime.observability import observability_endpoint
 from runtime.service import StopSignal, notify_ready
@@ -62,7 +62,7 @@ class ProcessServerProgram:
             stack.enter_context(exclusive_lock(self._path / LOCK_FILE))
             stack.enter_context(exclusive_lock(settings.cache_path / LOCK_FILE))
             directory = LocalDirectory(self._path)
-            identity = read_identity(directory)
+            identity = read_identity(directory, program=PROGRAM)
             files = stack.enter_context(ThreadPoolExecutor(FILE_THREADS, thread_name_prefix="files"))
             sealing = stack.enter_context(ThreadPoolExecutor(settings.sealing_threads, thread_name_prefix="seal"))
             stores = stack.enter_context(ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store"))

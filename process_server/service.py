@@ -249,6 +249,7 @@ class ProcessServer:
             except (CacheDamaged, OSError) as error:
                 fault = error if isinstance(error, CacheDamaged) else CacheDamaged(name="work", reason=str(error))
                 history.lose_cache(fault)
+                self._cache.release(recovered.work.files)
                 return
             history.work_recovered(frames)
             history.close_recovered(recovered.work, frames)

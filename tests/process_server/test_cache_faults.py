@@ -172,7 +172,7 @@ async def test_a_full_file_system_holds_acknowledgements_back_until_there_is_spa
         await eventually(lambda: bool(running.server.not_ready()))
         assert "full" in running.server.not_ready()[0]
         assert 1 not in agent.opened
-        assert running.server._cache.used_bytes == 0
+        await eventually(lambda: running.server._cache.used_bytes == 0)
         world.faulty.fail = lambda kind, name: None
         await agent.until(lambda: 1 in agent.opened)
         for sequence in range(1, CHANGE_SETS + 1):

@@ -559,7 +559,7 @@ def is_starved(running: RunningServer, agent: ScriptedAgent) -> bool:
 async def test_small_frames_without_room_break_the_disk_off_and_lose_nothing(world: World) -> None:
     """Small frames are padded to blocks of 4 KiB, so that credit in bytes cannot foresee what they take."""
     world.limits = dataclasses.replace(
-        SMALL, cache_bytes_max=4 * MEBIBYTE, cache_file_bytes=MEBIBYTE, segment_age_seconds_max=0.5
+        SMALL, cache_bytes_max=8 * MEBIBYTE, cache_file_bytes=2 * MEBIBYTE, segment_age_seconds_max=0.5
     )
     expected = bytearray(DISK_BYTES)
     async with world.running() as running:

@@ -35,6 +35,8 @@ class Workload:
     write_gap_seconds: float
     write_bytes_max: int
     zero_share: float
+    random_share: float
+    """Of what is not zeroes: incompressible."""
 
 
 class SimulatedDisk:
@@ -93,7 +95,7 @@ class SimulatedDisk:
         offset = min(around // SECTOR_BYTES * SECTOR_BYTES, self.size_bytes - length)
         if self.draw.random() < workload.zero_share:
             data = bytes(length)
-        elif self.draw.random() < 0.5:
+        elif self.draw.random() >= workload.random_share:
             data = self.draw.randbytes(64) * (length // 64)
         else:
             data = self.draw.randbytes(length)

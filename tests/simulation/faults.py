@@ -18,8 +18,19 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 OPERATIONS_BEFORE_DEATH_MAX: Final = 12
-OUTAGE_SECONDS_MAX: Final = 30.0
+OUTAGE_SECONDS_MAX: Final = 15.0
 CLOCK_JUMP_SECONDS_MAX: Final = 3600.0
+FLOOD_WEIGHTS: Final = {
+    "store-down": 3.0,
+    "store-flaky": 0.5,
+    "process-server-killed": 0.5,
+    "process-server-killed-at-a-write": 1.0,
+    "process-server-power-cut": 1.0,
+    "process-server-stopped": 0.3,
+    "cache-synchronize-failed": 0.5,
+    "agent-killed-at-a-write": 0.3,
+    "connection-cut": 0.3,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +41,13 @@ class FaultProfile:
     pause_seconds: float
 
 
-def draw_profile(draw: random.Random) -> FaultProfile:
-    """A third of the runs know every kind, a third a few, a third one."""
+def draw_profile(draw: random.Random, *, is_flood: bool) -> FaultProfile:
+    """A third of the runs know every kind, a third a few, a third one.
+
+    In a flood the store is away more often than not, so that the cache fills up and the process server dies full.
+    """
+    if is_flood:
+        return FaultProfile(weights=dict(FLOOD_WEIGHTS), pause_seconds=draw.choice((1.0, 3.0)))
     kinds = sorted(FAULTS)
     breadth = draw.choice((1, 3, len(kinds)))
     chosen = draw.sample(kinds, breadth)
@@ -63,6 +79,9 @@ def heal_everything(world: World) -> None:
 
 
 def _outage_seconds(world: World) -> float:
+    """Mostly short; one in five lasts until everything is healed."""
+    if world.draw.random() < 0.2:
+        return world.horizon_seconds
     return world.draw.random() ** 2 * OUTAGE_SECONDS_MAX
 
 

@@ -33,7 +33,12 @@ def read_all(source):
 def test_a_workload_leaves_a_history_in_which_every_moment_can_be_found():
     async def main(disk, source, process):
         workload = Workload(
-            pause_seconds=0.1, writes_per_burst_max=5, write_gap_seconds=0.01, write_bytes_max=65536, zero_share=0.3
+            pause_seconds=0.1,
+            writes_per_burst_max=5,
+            write_gap_seconds=0.01,
+            write_bytes_max=65536,
+            zero_share=0.3,
+            random_share=0.5,
         )
         images = []
         async with asyncio.TaskGroup() as group:

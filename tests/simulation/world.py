@@ -33,10 +33,21 @@ from tests.simulation.vault import SimulatedVault, make_vault
 DISK_BLOCKS_MAX: Final = 32
 DISK_BLOCK_BYTES: Final = 65536
 HORIZON_SECONDS: Final = (15.0, 30.0, 60.0)
+FLOOD_PROBABILITY: Final = 0.2
+FLOOD: Final = Workload(
+    pause_seconds=1.0,
+    writes_per_burst_max=12,
+    write_gap_seconds=0.001,
+    write_bytes_max=262144,
+    zero_share=0.0,
+    random_share=1.0,
+)
+"""Fills the cache while the store is away."""
 DRAIN_SECONDS_MAX: Final = 300.0
 DRAIN_CHECK_SECONDS: Final = 1.0
 STOP_SECONDS_MAX: Final = 120.0
 STOP_AGAIN_SECONDS: Final = 5.0
+TRACEBACK_FRAMES_MAX: Final = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +123,7 @@ class World:
         )
         cache_file_bytes = draw.choice((2, 3)) * FRAME_RAW_BYTES_MAX
         self.process_server_limits = ProcessServerLimits(
-            cache_bytes_max=draw.choice((4, 6, 10)) * cache_file_bytes,
+            cache_bytes_max=draw.choice((4, 4, 8)) * cache_file_bytes,
             cache_file_bytes=cache_file_bytes,
             segment_stored_bytes_due=draw.choice((64, 256, 1024)) * 1024,
             segment_age_seconds_max=draw.choice((0.2, 1.0, 5.0)),
@@ -124,13 +135,7 @@ class World:
             report_seconds=2.0,
             stop_seconds_max=10.0,
         )
-        self.workload = Workload(
-            pause_seconds=draw.choice((0.5, 2.0, 8.0)),
-            writes_per_burst_max=draw.choice((1, 4, 20)),
-            write_gap_seconds=draw.choice((0.001, 0.02, 0.2)),
-            write_bytes_max=draw.choice((4096, 65536, 262144)),
-            zero_share=draw.choice((0.0, 0.2, 0.6)),
-        )
+        self.workload = FLOOD if draw.random() < FLOOD_PROBABILITY else _draw_workload(draw)
         self.disks = [
             SimulatedDisk(
                 self.loop,
@@ -167,7 +172,7 @@ class World:
 
     def violate(self, invariant: str, detail: str, cause: BaseException | None = None) -> None:
         if cause is not None:
-            detail += "\n" + "".join(traceback.format_exception(cause))
+            detail += "\n" + "".join(traceback.format_exception(cause, chain=False, limit=-TRACEBACK_FRAMES_MAX))
         violation = Violation(seed=self.seed, invariant=invariant, detail=detail, at_seconds=round(self.loop.time(), 6))
         self.violations.append(violation)
         self.trace.event("VIOLATION", invariant, detail)
@@ -180,7 +185,7 @@ class World:
         async with asyncio.TaskGroup() as group:
             hosts = [group.create_task(host.keep_running()) for host in (self.process_server, self.agent)]
             sources = [group.create_task(disk.run_workload(self.workload)) for disk in self.disks]
-            faults = group.create_task(run_faults(self, draw_profile(self.draw)))
+            faults = group.create_task(run_faults(self, draw_profile(self.draw, is_flood=self.workload is FLOOD)))
             await asyncio.sleep(self.horizon_seconds)
             faults.cancel()
             for source in sources:
@@ -223,6 +228,17 @@ class World:
                 self.violate("stop", f"{host.name} does not stop within {STOP_SECONDS_MAX} s")
                 host.kill()
                 task.cancel()
+
+
+def _draw_workload(draw: random.Random) -> Workload:
+    return Workload(
+        pause_seconds=draw.choice((0.5, 2.0, 8.0)),
+        writes_per_burst_max=draw.choice((1, 4, 20)),
+        write_gap_seconds=draw.choice((0.001, 0.02, 0.2)),
+        write_bytes_max=draw.choice((4096, 65536, 262144)),
+        zero_share=draw.choice((0.0, 0.2, 0.6)),
+        random_share=draw.choice((0.1, 0.5, 1.0)),
+    )
 
 
 def run_seed(seed: int, *, readable: bool = False) -> RunResult:
