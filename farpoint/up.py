@@ -16,7 +16,6 @@ import structlog
 from config_server.service import ConfigServer
 from config_server.settings import ConfigServerSettings
 from farpoint.up_directory import UpDirectory, initialise_directory
-from process_server.enrollment import enroll_process_server
 from process_server.program import ProcessServerProgram
 from process_server.settings import ProcessServerSettings
 from protocol.enrollment import IDENTITY_FILE
@@ -26,6 +25,7 @@ from protocol.transport.control_client import OperatorClient
 from protocol.vocabulary import Role
 from runtime.local_directory import LocalDirectory
 from runtime.locks import exclusive_lock
+from runtime.membership import enroll_member
 from runtime.observability import ListenAddress
 from runtime.output import notice
 from runtime.secrets import read_secret
@@ -127,10 +127,11 @@ class Up:
             created = await operator.create_token(
                 JoinTokenRequest(role=Role.PROCESS_SERVER, lifetime_seconds=TOKEN_SECONDS)
             )
-        await enroll_process_server(
+        await enroll_member(
             directory,
             server_url=description.server_url,
             token=JoinToken.parse(created.token),
+            role=Role.PROCESS_SERVER,
             name=self._settings.host,
         )
 

@@ -13,18 +13,19 @@ import click
 from mobility_agent.control_socket import Request, ask
 from mobility_agent.disk_identity import whole_disks
 from mobility_agent.disk_reader import identify
-from mobility_agent.enrollment import enroll_agent
 from mobility_agent.errors import AgentNotRunning
 from mobility_agent.program import LOCK_FILE, PROGRAM, AgentProgram
 from mobility_agent.protection import Protection, read_protection, write_protection
 from mobility_agent.settings import AgentSettings
 from mobility_agent.status import records_at_rest
 from protocol.join_token import JoinToken
+from protocol.vocabulary import Role
 from runtime.command_line import ProgramGroup, config_commands, output_option, with_settings
 from runtime.exit_codes import ExitCode
 from runtime.local_directory import LocalDirectory
 from runtime.locks import exclusive_lock
 from runtime.logs import configure_logs
+from runtime.membership import enroll_member
 from runtime.output import Output, notice
 from runtime.secrets import read_secret
 from runtime.service import run_service
@@ -76,7 +77,9 @@ def enroll(loaded: Loaded[AgentSettings], output: Output, server: str, token_fil
     token = JoinToken.parse(read_secret(token_file).decode("utf-8", "replace").strip())
     with exclusive_lock(path / LOCK_FILE):
         identity = asyncio.run(
-            enroll_agent(LocalDirectory(path), server_url=server, token=token, name=name or socket.gethostname())
+            enroll_member(
+                LocalDirectory(path), server_url=server, token=token, role=Role.AGENT, name=name or socket.gethostname()
+            )
         )
     output.record({"machine": identity.peer.identifier, "vault": identity.peer.vault, "directory": str(path)})
 

@@ -83,22 +83,6 @@ class AgentStateDamaged(LocalFault):
     hint = "Check space and health of the state directory's file system. Nothing that was acknowledged is lost."
 
 
-class NotEnrolled(LocalFault):
-    """Fields: directory."""
-
-    code = "not-enrolled"
-    message = "{directory} holds no enrolment"
-    hint = "Run `mobility-agent enroll --server URL --token-file FILE` first."
-
-
-class AlreadyEnrolled(LocalFault):
-    """Fields: directory."""
-
-    code = "already-enrolled"
-    message = "{directory} already holds an enrolment"
-    hint = "Use another --dir, or remove that directory to enrol this machine anew."
-
-
 class AgentNotRunning(LocalFault):
     """Fields: directory."""
 

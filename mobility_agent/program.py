@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry
 from mobility_agent.blocking import blocking
 from mobility_agent.control_socket import control_socket
 from mobility_agent.disk_reader import open_local_disk
-from mobility_agent.enrollment import CertificateRenewal, read_identity
 from mobility_agent.machine_facts import this_machine
 from mobility_agent.metrics import AgentMetrics
 from mobility_agent.service import AgentService
@@ -26,6 +25,7 @@ from protocol.transport.control_client import AgentControlClient
 from runtime.clock import SystemClock
 from runtime.local_directory import LocalDirectory
 from runtime.locks import exclusive_lock
+from runtime.membership import CertificateRenewal, read_identity
 from runtime.metrics import register_process_metrics
 from runtime.observability import observability_endpoint
 from runtime.service import StopSignal, notify_ready
@@ -48,7 +48,7 @@ class AgentProgram:
             ThreadPoolExecutor(self._settings.worker_threads, thread_name_prefix="disk") as executor,
         ):
             directory = LocalDirectory(self._path)
-            identity = read_identity(directory)
+            identity = read_identity(directory, program=PROGRAM)
             clock = SystemClock()
             async with AgentControlClient(
                 server_url=identity.server_url,

@@ -1,5 +1,5 @@
 """What every program needs to run as a service, and nothing about replication: settings, logs, metrics endpoint,
-signals.
+signals, membership.
 
 Imported by the programs' shells only; cores never import it.
 """

@@ -1,5 +1,5 @@
-"""What can go wrong around a program rather than in replication: its state directory, secrets, settings, addresses,
-signals."""
+"""What can go wrong around a program rather than in replication: its state directory, membership, secrets, settings,
+addresses, signals."""
 
 from __future__ import annotations
 
@@ -12,6 +12,25 @@ class StateLocked(LocalFault):
     code = "state-locked"
     message = "{path} is in use by another process (process id {holder})"
     hint = "Stop the other process, or give this one a state directory of its own."
+
+
+class NotEnrolled(LocalFault):
+    """Fields: directory, program (the command that enrols)."""
+
+    code = "not-enrolled"
+    message = "{directory} holds no enrolled identity"
+
+    @property
+    def hint(self) -> str:  # type: ignore[override]
+        return f"Run `{self.fields['program']} enroll --server URL --token-file FILE --dir DIR` first."
+
+
+class AlreadyEnrolled(LocalFault):
+    """Fields: directory."""
+
+    code = "already-enrolled"
+    message = "{directory} holds an enrolled identity already"
+    hint = "To enrol anew, use another directory: the keys and the state in this one may still be needed."
 
 
 class SecretExists(LocalFault):

@@ -16,8 +16,7 @@ from click.testing import CliRunner, Result
 
 from mobility_agent.__main__ import main
 from mobility_agent.control_socket import Request, ask, control_socket
-from mobility_agent.enrollment import CertificateRenewal, enroll_agent, read_identity
-from mobility_agent.errors import AgentNotRunning, AlreadyEnrolled, NotEnrolled, RefusedByAgent
+from mobility_agent.errors import AgentNotRunning, RefusedByAgent
 from mobility_agent.program import AgentProgram
 from mobility_agent.settings import AgentSettings
 from process_server.program import ProcessServerProgram
@@ -26,8 +25,10 @@ from protocol.control_errors import JoinTokenUsed
 from protocol.enrollment import CREDENTIALS_FILE, IDENTITY_FILE
 from protocol.vocabulary import Role
 from runtime.clock import SystemClock
+from runtime.errors import AlreadyEnrolled, NotEnrolled
 from runtime.exit_codes import ExitCode
 from runtime.local_directory import LocalDirectory
+from runtime.membership import CertificateRenewal, enroll_member, read_identity
 from runtime.observability import ObservabilitySettings
 from runtime.service import StopSignal
 from storage.backends.open_store import open_store
@@ -58,15 +59,16 @@ async def test_an_agent_enrols_once_and_renews_its_certificate_with_a_new_key(
     directory = LocalDirectory(tmp_path / "agent")
     async with running_server(tmp_path / "server") as server:
         with pytest.raises(NotEnrolled):
-            read_identity(directory)
+            read_identity(directory, program="mobility-agent")
         token = await server.token(Role.AGENT)
-        identity = await enroll_agent(directory, server_url=server.url, token=token, name="db-1")
+        identity = await enroll_member(directory, server_url=server.url, token=token, role=Role.AGENT, name="db-1")
         assert identity.peer.role is Role.AGENT
-        assert read_identity(directory) == identity
+        assert read_identity(directory, program="mobility-agent") == identity
         with pytest.raises(AlreadyEnrolled):
-            await enroll_agent(directory, server_url=server.url, token=token, name="db-1")
+            await enroll_member(directory, server_url=server.url, token=token, role=Role.AGENT, name="db-1")
+        other = LocalDirectory(tmp_path / "other")
         with pytest.raises(JoinTokenUsed):
-            await enroll_agent(LocalDirectory(tmp_path / "other"), server_url=server.url, token=token, name="db-2")
+            await enroll_member(other, server_url=server.url, token=token, role=Role.AGENT, name="db-2")
         before = directory.read(CREDENTIALS_FILE)
         async with server.agent_client(tmp_path / "agent") as control:
             renewal = CertificateRenewal(
@@ -219,7 +221,7 @@ def test_what_cannot_be_done_is_told_with_a_hint(tmp_path: Path) -> None:
     assert "is gone" in missing.stderr
     assert "unprotect" in missing.stderr
     assert "is not protected" in invoke("unprotect", "--dir", str(tmp_path), "--keep", "/dev/none").stderr
-    assert "holds no enrolment" in invoke("run", "--dir", str(tmp_path)).stderr
+    assert "mobility-agent enroll" in invoke("run", "--dir", str(tmp_path)).stderr
     assert "no agent answers" in invoke("scan-now", "--dir", str(tmp_path)).stderr
     token = invoke("enroll", "--dir", str(tmp_path), "--server", "https://x:1", "--token-file", str(tmp_path / "no"))
     assert token.exit_code == ExitCode.NOT_FOUND

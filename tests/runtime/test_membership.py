@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from process_server.enrollment import CertificateRenewal, enroll_process_server, read_identity
-from process_server.errors import AlreadyEnrolled, NotEnrolled
 from protocol.control import CertificateBundle
 from protocol.control_errors import ServerUnreachable
 from protocol.enrollment import AUTHORITY_FILE, CREDENTIALS_FILE, IDENTITY_FILE, SIGNING_KEY_FILE
 from protocol.join_token import JoinToken
+from protocol.vocabulary import Role
+from runtime import membership
 from runtime.clock import SystemClock
+from runtime.errors import AlreadyEnrolled, NotEnrolled
 from runtime.local_directory import LocalDirectory
+from runtime.membership import CertificateRenewal, enroll_member, read_identity
 from tests.protocol.transport.certificates import PROCESS_SERVER, Authority
 
 
@@ -101,16 +104,59 @@ async def test_a_young_certificate_is_renewed_only_when_it_is_ordered(directory:
     with ThreadPoolExecutor(1) as executor:
         renewing = renewal(directory, server, executor, age=13 * 86400.0)
         renewing.on_renewed = renewed.set
-        assert not renewing._is_old()
+        assert not renewing.is_old()
         renewing.order()
         await run_until(renewing, renewed)
     assert server.renewals == 1
 
 
+class FullDirectory(LocalDirectory):
+    """Takes nothing more until there is room."""
+
+    is_full = True
+
+    def replace(self, name: str, data: bytes) -> None:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().replace(name, data)
+
+
+async def test_a_full_state_directory_ends_nothing_and_the_renewal_is_tried_again(
+    directory: LocalDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "RETRY_SECONDS", 0.01)
+    full = FullDirectory(directory.path)
+    server = Server("NEW CERTIFICATE", "NEW AUTHORITY")
+    renewed = asyncio.Event()
+    with ThreadPoolExecutor(1) as executor:
+        renewing = renewal(full, server, executor, age=60.0)
+        renewing.on_renewed = renewed.set
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            task = group.create_task(renewing.run())
+            while server.renewals < 2:
+                await asyncio.sleep(0)
+                renewing.order()
+            assert full.read(CREDENTIALS_FILE).startswith(b"-----BEGIN")
+            full.is_full = False
+            while not renewed.is_set():
+                await asyncio.sleep(0)
+                renewing.order()
+            task.cancel()
+
+
+def test_a_certificate_that_cannot_be_read_is_renewed(directory: LocalDirectory) -> None:
+    directory.replace(CREDENTIALS_FILE, b"torn")
+    with ThreadPoolExecutor(1) as executor:
+        assert renewal(directory, Server("NEW", "NEW"), executor, age=13 * 86400.0).is_old()
+
+
 async def test_an_enrolled_directory_is_never_enrolled_again(directory: LocalDirectory) -> None:
-    with pytest.raises(NotEnrolled):
-        read_identity(directory)
+    with pytest.raises(NotEnrolled) as caught:
+        read_identity(directory, program="process-server")
+    assert "process-server enroll" in caught.value.hint
     directory.replace(IDENTITY_FILE, b"{}")
     token = JoinToken(identifier="ab" * 16, secret=bytes(32), authority_key_hash=bytes(32))
     with pytest.raises(AlreadyEnrolled):
-        await enroll_process_server(directory, server_url="https://127.0.0.1:1", token=token, name="ps")
+        await enroll_member(
+            directory, server_url="https://127.0.0.1:1", token=token, role=Role.PROCESS_SERVER, name="ps"
+        )
