@@ -21,6 +21,7 @@ from rich.text import Text
 
 OutputFormat = Literal["table", "json"]
 _WIDTH_WITHOUT_TERMINAL: Final = 10_000
+UNPRINTABLE: Final = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +67,14 @@ def print_json(value: object, *, indent: int | None = 2) -> None:
 
 
 def notice(text: str) -> None:
-    """Tells the operator something that is not data, on stderr."""
-    click.echo(text, err=True)
+    """Tells the operator something that is not data, on stderr. Lines stay lines; nothing else moves the terminal."""
+    click.echo("\n".join(printable(line) for line in text.split("\n")), err=True)
+
+
+def printable(text: str) -> str:
+    """The text for a terminal. Names and paths are chosen by machines that may be hostile: no escape sequence of theirs
+    reaches it."""
+    return "".join(character if character.isprintable() else UNPRINTABLE for character in text)
 
 
 def json_value(value: object) -> Any:
@@ -98,7 +105,7 @@ def cell_text(value: object) -> str:
         return value.isoformat(sep=" ", timespec="seconds")
     if isinstance(value, list | tuple | set | frozenset):
         return ", ".join(cell_text(member) for member in value)
-    return str(value)
+    return printable(str(value))
 
 
 def _console() -> Console:

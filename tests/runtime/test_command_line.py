@@ -19,7 +19,7 @@ from protocol.errors import DeadlineExceeded, NotPermitted, RefusedByPeer, Repli
 from runtime.command_line import ProgramGroup, config_commands, output_option, with_settings
 from runtime.errors import SecretExists, StateLocked
 from runtime.exit_codes import EXIT_CODE_OF_ERROR, ExitCode, exit_code_of
-from runtime.output import Output
+from runtime.output import Output, notice
 from runtime.settings import Loaded, Settings
 from storage.errors import ObjectNotFound, StoreMissing, StoreNotPermitted, StoreUrlInvalid
 
@@ -157,6 +157,19 @@ def test_a_table_folds_no_identifier_and_reads_no_markup_in_data() -> None:
     assert lines[0].split() == ["Disk", "Path", "Lag", "(s)"]
     assert lines[1].split() == [IDENTIFIER, "/dev/sda", "–"]
     assert lines[2].split() == [IDENTIFIER[::-1], "/dev/[red]", "1.5"]
+
+
+def test_no_escape_sequence_of_somebody_elses_choosing_reaches_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hostile = "/dev/vda\x1b]0;owned\x07\x9b2J\rfine"
+    Output(format="table").rows([{"path": hostile}])
+    Output(format="table").record({"path": hostile})
+    notice(f"error: {hostile}\n  hint")
+    shown = "".join(capsys.readouterr())
+    assert not {character for character in shown if not character.isprintable()} - {"\n"}
+    assert shown.count("/dev/vda") == 3
+    assert "\n  hint" in shown
 
 
 def test_flags_stand_above_single_settings_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
