@@ -26,6 +26,9 @@ from protocol.vocabulary import Bookmark, ChangeSetEnd, Compression, Consistency
 
 CURSOR_STRIDE_BYTES: Final = 16 * 2**30
 """A copy-in that finds nothing to send still states its cursor this often."""
+CHANGE_SET_SECONDS_MAX: Final = 5.0
+"""A change set is ended at this age, full or not: until its end comes nothing of it is durable, and the point before
+it may lie in the same unfinished segment. A scan that finds little may go on for hours."""
 IDENTIFIER_BYTES: Final = 16
 UNSETTLED: Final = ChangeSetEnd(consistency=Consistency.UNSETTLED)
 NO_CLOCK: Final = "the configuration server's clock has not been heard yet"
@@ -64,6 +67,7 @@ class RoundSender:
         self._receipts: list[Any] = []
         self._is_changed = False
         self._stated_cursor = 0
+        self._change_set_began_seconds = 0.0
 
     async def send_round(self, changes: Round, *, first_bytes: int, is_point_due: PointDue) -> RoundOutcome:
         """Sends all of the round. Raises ConnectionLost, DiskFault, AgentStateDamaged, OSError (of the agent's
@@ -74,7 +78,7 @@ class RoundSender:
         try:
             while (step := await ahead.next()) is not None:
                 await self._send_frames(step.frames)
-                await self._state_cursor(step.compared_to_bytes)
+                await self._end_if_due(step.compared_to_bytes)
         finally:
             await ahead.close()
         return await self._end_round(changes, first_bytes=first_bytes, is_point_due=is_point_due)
@@ -113,10 +117,14 @@ class RoundSender:
             end=end,
         )
 
-    async def _state_cursor(self, compared_to_bytes: int) -> None:
-        """In a copy-in, states how far it has come although there was nothing to send."""
-        is_far = compared_to_bytes - self._stated_cursor >= CURSOR_STRIDE_BYTES
-        if self._is_copy and self._builder is None and is_far:
+    async def _end_if_due(self, compared_to_bytes: int) -> None:
+        """Ends a change set that is old, and states how far a copy-in has come although there was nothing to send."""
+        if self._builder is None:
+            is_due = self._is_copy and compared_to_bytes - self._stated_cursor >= CURSOR_STRIDE_BYTES
+        else:
+            age_seconds = self._ports.clock.monotonic_seconds() - self._change_set_began_seconds
+            is_due = age_seconds >= CHANGE_SET_SECONDS_MAX
+        if is_due:
             await self._end_change_set(self._cursor_end(compared_to_bytes))
 
     async def _end_round(self, changes: Round, *, first_bytes: int, is_point_due: PointDue) -> RoundOutcome:
@@ -162,6 +170,7 @@ class RoundSender:
 
     def _change_set(self) -> ChangeSetBuilder:
         if self._builder is None:
+            self._change_set_began_seconds = self._ports.clock.monotonic_seconds()
             self._builder = ChangeSetBuilder(
                 sequence=self._history.standing.sent_sequence + 1, raw_bytes_target=self._ports.change_set_raw_bytes
             )

@@ -27,13 +27,13 @@ from process_server.cache_writer import CacheWriter
 from process_server.core.disk_lifecycle import DiskEvent, DiskState, next_state
 from process_server.core.intake import DiskIntake, GrantedDisk
 from process_server.core.positions import DiskPositions
-from process_server.core.segmenting import SegmentGauge, SegmentRules
+from process_server.core.segmenting import CHANGE_SET_SILENCE_SECONDS_MAX, SegmentGauge, SegmentRules
 from process_server.errors import DiskStopped
 from process_server.grants import HeldGrant
 from process_server.metrics import ProcessServerMetrics
 from process_server.sealer import Sealer
 from process_server.work_segment import SegmentFrames, WorkSegment, close_frames
-from protocol.errors import ReplicationError
+from protocol.errors import DeadlineExceeded, ReplicationError
 from protocol.messages import Frame
 from protocol.vocabulary import EXTENT_DTYPE, DiskId, PeerIdentity
 from runtime.clock import Clock
@@ -195,9 +195,14 @@ class DiskHistory:
     # segments
 
     def end_due_segment(self, now_seconds: float) -> None:
-        """Ends the segment in work if its age or size says so."""
-        if self.work is not None and self.work.gauge.is_due(now_seconds):
+        """Ends the segment in work if its age or size says so, and at the last whole change set if the rest of the next
+        one does not come."""
+        if self.work is None:
+            return
+        if self.work.gauge.is_due(now_seconds):
             self.end_segment()
+        elif self.work.gauge.is_stalled(now_seconds):
+            self.break_off(DeadlineExceeded(what="the rest of a change set", seconds=CHANGE_SET_SILENCE_SECONDS_MAX))
 
     def end_segment(self) -> None:
         """Closes the segment in work at its last whole change set, after everything that was put before."""

@@ -13,6 +13,9 @@ CHANGE_SET_EXTENTS_MAX: Final = 2**21
 """Half of what a segment's index may hold: a change set of this size fits behind whatever is not yet due."""
 SEGMENT_EXTENTS_DUE: Final = 2**20
 SEGMENT_FRAMES_DUE: Final = 16384
+CHANGE_SET_SILENCE_SECONDS_MAX: Final = 600.0
+"""The frames of one change set follow each other within this: the longest frame takes half of it, and the change sets
+before it in the segment wait for its end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +39,13 @@ class SegmentGauge:
     extents: int = 0
     change_sets: int = 0
     is_inside_change_set: bool = False
+    newest_frame_at_seconds: float = 0.0
 
     def frame_taken(self, *, payload_bytes: int, extents: int, is_last: bool, now_seconds: float) -> None:
         """A frame was handed over to be sealed into this segment."""
         if self.opened_at_seconds is None:
             self.opened_at_seconds = now_seconds
+        self.newest_frame_at_seconds = now_seconds
         self.unsealed_bytes += payload_bytes
         self.frames += 1
         self.extents += extents
@@ -61,6 +66,11 @@ class SegmentGauge:
         if self.extents >= SEGMENT_EXTENTS_DUE or self.frames >= SEGMENT_FRAMES_DUE:
             return True
         return now_seconds - self.opened_at_seconds >= self.rules.age_seconds_max
+
+    def is_stalled(self, now_seconds: float) -> bool:
+        """True when the rest of the change set in work does not come."""
+        silent_seconds = now_seconds - self.newest_frame_at_seconds
+        return self.is_inside_change_set and silent_seconds >= CHANGE_SET_SILENCE_SECONDS_MAX
 
     def can_end(self) -> bool:
         """True when it holds at least one change set and no part of another: it may end early, at a stop or an epoch's

@@ -107,6 +107,26 @@ async def test_without_a_clock_tick_a_settled_position_gets_no_point_and_says_wh
     assert not bench.server.disks[bench.disk].points()
 
 
+async def test_a_long_round_ends_its_change_sets_by_age_so_that_what_it_sent_becomes_durable(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mobility_agent.rounds.CHANGE_SET_SECONDS_MAX", 0.0)
+    bench.write_image(20 * MIB, zero_share=0.0)
+    async with bench.agent(replace(QUICK, change_set_raw_bytes=64 * MIB)) as service:
+        await service.protect(str(bench.image))
+        await bench.until_points(1)
+        before = len(bench.server.disks[bench.disk].newest.sets)
+        assert before > 10, "one change set would have held it all"
+        for offset in (0, 19 * MIB):
+            bench.change(offset, b"changed")
+        service.scan_now()
+        await bench.until_points(2)
+    delta = bench.server.disks[bench.disk].newest.sets[before:]
+    assert [one.raw_bytes for one in delta] == [BLOCK, BLOCK, 0]
+    assert [one.end.consistency.is_settled for one in delta if one.end is not None] == [False, False, True]
+    assert bench.recovered == bench.contents
+
+
 @pytest.mark.parametrize("frames", [1, 2, 3, 5, 8])
 async def test_a_cut_connection_is_made_anew_and_nothing_is_lost(bench: Bench, frames: int) -> None:
     bench.write_image(12 * MIB)
