@@ -94,7 +94,7 @@ class Reporter:
         self._executor = executor
         self._clock = clock
         self._metrics = metrics
-        self._report_seconds = report_seconds
+        self._report_seconds = self._report_seconds_max = report_seconds
         self._revision = NO_REVISION
         self._wakeup = asyncio.Event()
         self._orders_changed = asyncio.Event()
@@ -155,12 +155,14 @@ class Reporter:
         pause_seconds = PAUSE_SECONDS_FIRST
         while True:
             try:
-                await self._take(await self._control.wait_for_orders(self._revision, WAIT_SECONDS))
-                pause_seconds = PAUSE_SECONDS_FIRST
+                if await self._take(await self._control.wait_for_orders(self._revision, WAIT_SECONDS)):
+                    pause_seconds = PAUSE_SECONDS_FIRST
+                    continue
             except ReplicationError as error:
                 self._note_away(error)
-                await asyncio.sleep(pause_seconds)
-                pause_seconds = min(2 * pause_seconds, PAUSE_SECONDS_MAX)
+            # why: orders that were not taken are answered at once when they are asked for again.
+            await asyncio.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, PAUSE_SECONDS_MAX)
 
     def _note_away(self, error: ReplicationError) -> None:
         if self.is_connected:
@@ -188,14 +190,15 @@ class Reporter:
 
     # orders
 
-    async def _take(self, orders: ProcessServerOrders) -> None:
+    async def _take(self, orders: ProcessServerOrders) -> bool:
+        """Whether they count from now on: orders that cannot be kept do not, and come again."""
         # why: an answer and a long poll may arrive together, and what they bring is written to disk.
         async with self._taking:
             self._clock.heard(orders.now_ns)
             self._clock_heard.set()
-            self._report_seconds = min(self._report_seconds, orders.heartbeat_seconds)
+            self._report_seconds = min(self._report_seconds_max, orders.heartbeat_seconds)
             if orders.revision == self._revision and orders.revision != NO_REVISION:
-                return
+                return True
             loop = asyncio.get_running_loop()
             signed = list(orders.grants)
             try:
@@ -208,14 +211,14 @@ class Reporter:
                     self.revoked = orders.revoked
                     self._subject.on_revoked(orders.revoked)
             except OSError as error:
-                # why: orders that cannot be kept do not count; they come again with the next answer.
                 _log.error("orders cannot be kept", reason=str(error))
-                return
+                return False
             self._revision = orders.revision
             if orders.renew_certificate:
                 self._subject.on_renewal_due()
             self._orders |= {order.order: order for order in orders.orders if order.order not in self._completed}
             self._orders_changed.set()
+            return True
 
     async def _carry_out_orders(self) -> None:
         pause_seconds = PAUSE_SECONDS_FIRST

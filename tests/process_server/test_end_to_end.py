@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 from pathlib import Path
@@ -190,6 +191,38 @@ async def test_a_lost_connection_cuts_its_unfinished_change_set_and_ends_nobody_
         await other.send_change_set(1, {0: b"o" * 512})
         await other.until_durable(1)
     assert await world.image() == expected
+
+
+async def test_an_agent_that_stops_within_a_change_set_holds_up_nothing_that_was_whole(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("process_server.core.segmenting.CHANGE_SET_SILENCE_SECONDS_MAX", 0.3)
+    expected = bytearray(DISK_BYTES)
+    async with world.running() as running:
+        agent = await opened_agent(running)
+        await send(agent, expected, 1)
+        await agent.send_change_set(2, {n * MEBIBYTE: os.urandom(MEBIBYTE) for n in range(4, 6)}, cut=1)
+        await agent.until(lambda: 1 in agent.closed)
+        assert (agent.closed[1].code, agent.closed[1].is_retryable) == ("deadline-exceeded", True)
+        assert (await agent.open(2)).durable_sequence == 1
+        await agent.until_committed(1, channel=2)
+    assert await world.image() == expected
+
+
+async def test_orders_that_cannot_be_kept_are_not_asked_for_in_a_tight_loop(world: World) -> None:
+    world.state = state = FaultyDirectory()
+    async with world.running() as running:
+        agent = await running.agent()
+        await agent.refusal(disk=OTHER_DISK)
+        state.fail = lambda operation, name: OSError(28, "No space left on device") if name == "grants" else None
+        world.control.answers = 0
+        world.grant(1, disk=OTHER_DISK, parent=0)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await eventually(lambda: world.control.answers > 4)
+        assert world.control.answers
+        state.fail = lambda operation, name: None
+        await eventually(lambda: bool(running.server._grants.held(OTHER_DISK)))
 
 
 async def test_a_newer_connection_takes_the_disk_over(world: World) -> None:

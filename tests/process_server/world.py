@@ -272,6 +272,8 @@ class ScriptedControl:
         self.revoked = RevocationList(number=0)
         self.reports: list[ProcessServerReport] = []
         self.is_away = False
+        self.answers = 0
+        """To long polls."""
         self.now_ns = 1_700_000_000 * 10**9
         self._revision = 1
         self._changed = asyncio.Event()
@@ -295,6 +297,7 @@ class ScriptedControl:
             self._changed.clear()
             await self._changed.wait()
         self._check()
+        self.answers += 1
         return self._now()
 
     async def renew(self, request_pem: str) -> CertificateBundle:
