@@ -432,8 +432,14 @@ class DiskReplication:
                 continue
 
     async def _retry_after(self, seconds: float) -> Event:
+        """After so long, or as soon as somebody who has mended the cause wants a round."""
         jitter = 0.5 + int.from_bytes(self._ports.draw_random(2), "little") / 65536
-        await asyncio.sleep(seconds * jitter)
+        self._round_wanted.clear()
+        try:
+            async with asyncio.timeout(seconds * jitter):
+                await self._round_wanted.wait()
+        except TimeoutError:
+            pass
         return Event.RETRY_DUE
 
     def _next_pause(self) -> float:
