@@ -55,6 +55,10 @@ def free_port() -> int:
         return port
 
 
+def _assignments(settings: Mapping[str, object] | None) -> list[str]:
+    return [word for key, value in (settings or {}).items() for word in ("--set", f"{key}={value}")]
+
+
 class Endpoint:
     """A program's /healthz, /readyz and /metrics."""
 
@@ -153,8 +157,14 @@ class Agent:
 class Site(AbstractContextManager["Site"]):
     """The servers and the operator's view of them. `with Site(directory) as site:` makes and starts them."""
 
-    def __init__(self, root: Path, *, process_server_settings: Mapping[str, object] | None = None) -> None:
-        """root: an existing directory that everything goes into."""
+    def __init__(
+        self,
+        root: Path,
+        *,
+        process_server_settings: Mapping[str, object] | None = None,
+        config_server_settings: Mapping[str, object] | None = None,
+    ) -> None:
+        """root: an existing directory that everything goes into. The settings come on top of the usual ones."""
         self.root = root
         self.store_directory = root / "store"
         self.store_url = f"file://{self.store_directory}"
@@ -173,11 +183,11 @@ class Site(AbstractContextManager["Site"]):
             *("--set", f"heartbeat_seconds={HEARTBEAT_SECONDS}"),
             *("--set", f"copy_interval_seconds={COPY_INTERVAL_SECONDS}"),
             *("--set", f"point_interval_seconds={POINT_INTERVAL_SECONDS}"),
+            *_assignments(config_server_settings),
             log_path=root / "config-server.log",
             is_up=self.config_endpoint.is_ready,
         )
         self.process_directory = root / "process-server"
-        more = (("--set", f"{key}={value}") for key, value in (process_server_settings or {}).items())
         self.process_server = Server(
             "process-server",
             "process-server",
@@ -185,7 +195,7 @@ class Site(AbstractContextManager["Site"]):
             *("--set", f"listen=127.0.0.1:{self.data_port}", "--set", "host=127.0.0.1"),
             *("--set", "segment_age_seconds_max=0.5"),
             *("--set", f"observability.address={self.process_endpoint.address}"),
-            *(word for pair in more for word in pair),
+            *_assignments(process_server_settings),
             log_path=root / "process-server.log",
             is_up=self.process_endpoint.is_ready,
         )

@@ -107,6 +107,7 @@ def test_a_disk_that_comes_back_as_it_was_goes_on(machine: Machine, tmp_path: Pa
     away.rename(source.path)
     source.change()
     agent.command("scan-now").expect(ExitCode.OK)
+    site.wait_until("it is looked at again at once", lambda: not stopped_row(agent, source.path), seconds=10)
     newest = site.wait_for_point(disk, after_ns=source.changed_ns)
     assert agent.gauge("epoch", disk) == 1
     site.expect_recovered_equal(disk, newest, source.path)
