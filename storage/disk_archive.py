@@ -41,6 +41,7 @@ from storage.keys import (
     parse_vault,
 )
 from storage.object_names import EPOCH_DIGITS, SegmentName, VaultName
+from storage.parallel_reads import read_each
 from storage.segment import (
     NO_TRAILER_HASH,
     TRAILER_BYTES,
@@ -167,7 +168,7 @@ class DiskArchive(VaultRecords):
         if not whole:
             return None
         first = max(0, whole - UPLOADS_IN_FLIGHT_MAX - 1)
-        found = await self._each(names[first:whole], lambda name: self._segment(name, sizes[name]))
+        found = await self._read_segments(names[first:whole], sizes)
         return _summary(found, beyond_gap=tuple(name.ordinal for name in beyond))
 
     async def close_epoch(self, grant: Grant, signed_grant: bytes, signing_key: Ed25519PrivateKey) -> EpochStart:
@@ -221,7 +222,7 @@ class DiskArchive(VaultRecords):
                 return ObjectCorrupt(name=str(name), reason=f"the store cannot read it: {fault.reason}")
 
         names = list(sizes)
-        found = await self._each(names, find)
+        found = await read_each(names, find, at_once=self._reads_at_once)
         return chain_history(self._vault, disk, dict(zip(names, found, strict=True)))
 
     async def read_frame(self, segment: VerifiedSegment, number: int) -> FrameRecord:
@@ -262,7 +263,7 @@ class DiskArchive(VaultRecords):
         newest = beyond[-1].ordinal
         if not may_be_under_way(missing.ordinal, newest, ()):
             raise SegmentMissing(name=str(missing))
-        found = await self._each(beyond, lambda name: self._segment(name, sizes[name]))
+        found = await self._read_segments(beyond, sizes)
         if not may_be_under_way(missing.ordinal, newest, found):
             raise SegmentMissing(name=str(missing))
 
@@ -300,6 +301,11 @@ class DiskArchive(VaultRecords):
             if slash:
                 folders.append(folder)
             after = object_names.behind_folder(f"{prefix}{folder}/") if slash else info.name
+
+    async def _read_segments(
+        self, names: Sequence[SegmentName], sizes: dict[SegmentName, int]
+    ) -> list[VerifiedSegment]:
+        return await read_each(names, lambda name: self._segment(name, sizes[name]), at_once=self._reads_at_once)
 
     async def _segment(self, name: SegmentName, size_bytes: int) -> VerifiedSegment:
         """The verified segment, by reading its end and its header only. Raises VaultFault, StoreFault."""

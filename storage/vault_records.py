@@ -6,8 +6,7 @@ What is damaged is told beside what is not, by its name, and never stands in the
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -35,11 +34,10 @@ from storage.errors import (
     VaultFault,
 )
 from storage.object_names import MachineName, ObjectName, PointName
+from storage.parallel_reads import read_each
 
 READS_AT_ONCE: Final = 8
 
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 _Record = TypeVar("_Record")
 _Verify = Callable[[bytes, Ed25519PublicKey], _Record]
 _RECORD_READ_BYTES: Final = SIGNED_RECORD_BYTES_MAX + 1
@@ -115,7 +113,8 @@ class VaultRecords:
                 return ObjectCorrupt(name=str(name), reason="it was signed as another point")
             return record
 
-        found = await self._each(await self._names(object_names.points_prefix(self._vault)), read)
+        names = await self._names(object_names.points_prefix(self._vault))
+        found = await read_each(names, read, at_once=self._reads_at_once)
         records = [record for record in found if isinstance(record, PointRecord)]
         damage = tuple(fault for fault in found if isinstance(fault, VaultFault))
         records.sort(key=lambda record: (record.instant_ns, record.point))
@@ -171,20 +170,3 @@ class VaultRecords:
             raise FormatNotSupported(name=text, version=fields["version"], supported=fields["supported"]) from error
         except (SignatureInvalid, MalformedInput, ObjectNotFound, ObjectUnreadable) as error:
             raise ObjectCorrupt(name=text, reason=str(error)) from error
-
-    async def _each(self, items: Sequence[_Item], read: Callable[[_Item], Awaitable[_Result]]) -> list[_Result]:
-        """The results in the order of the items, reads_at_once at a time. The first failure ends it and is raised."""
-        results: dict[int, _Result] = {}
-        pending = iter(enumerate(items))
-
-        async def work() -> None:
-            for place, item in pending:
-                results[place] = await read(item)
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(self._reads_at_once, len(items))):
-                    group.create_task(work())
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from failures
-        return [results[place] for place in range(len(items))]
