@@ -8,7 +8,7 @@ SEEDS ?= 100
 FIRST_SEED ?= 1
 FAULT ?=
 
-.PHONY: environment demo test lint simulate bench azurite lock clean
+.PHONY: environment demo test lint simulate bench azurite dist lock clean
 
 environment: $(STAMP)
 
@@ -47,6 +47,10 @@ azurite: .node/.installed
 	@cp tests/azurite/package.json tests/azurite/package-lock.json .node/
 	@cd .node && npm ci --silent --no-audit --no-fund 1>&2
 	@touch .node/.installed
+
+# The wheel, the Debian packages, the offline bundle, checksums and the bill of materials, into dist/; docs/installation.md.
+dist: $(STAMP)
+	@$(BIN)/python -m deploy.packages $(ARGS)
 
 # Rewrites requirements.lock from pyproject.toml; needs uv.
 lock:
