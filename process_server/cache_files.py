@@ -1,12 +1,13 @@
 """The cache's log files on a durable directory: blocking calls that belong in an executor, one writer at a time.
 
-Invariants: bytes are written once, behind what was synchronized, and never again; a file in which a write or a
-synchronize failed gets no further byte; what `append` returned survives power loss; what `read` returns has the digest
-that was written.
+Invariants: bytes are written once, behind what was synchronized, and never again but for `make_durable`, which writes
+what it read; a file in which a write or a synchronize failed gets no further byte; what `append` returned survives
+power loss; what `read` returns has the digest that was written.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
 import threading
 from collections.abc import Sequence
@@ -156,6 +157,26 @@ class CacheFiles:
         if self._active is not None:
             active, self._active = self._active, None
             active.close()
+
+    def make_durable(self, file_number: int, *, end_bytes: int) -> None:
+        """On return [0, end_bytes), as it reads now, survives power loss, whoever wrote it. Raises OSError.
+
+        A killed process may have left bytes that read well and are on no disk, perhaps behind a synchronize that
+        failed; a synchronize now would prove nothing about those. So they are written once more, in place.
+        """
+        if not end_bytes:
+            return
+        file = self._directory.open(file_name(file_number), direct=True)
+        buffer = memoryview(mmap.mmap(-1, min(end_bytes, STAGING_BYTES)))
+        try:
+            for first in range(0, end_bytes, STAGING_BYTES):
+                part = buffer[: end_bytes - first]
+                if file.read_into(first, part) < len(part):
+                    raise OSError(errno.EIO, "shorter than it was a moment ago", file_name(file_number))
+                file.write(first, [part])
+            file.synchronize()
+        finally:
+            file.close()
 
     def remove(self, file_number: int) -> None:
         """Durable on return. Raises OSError."""

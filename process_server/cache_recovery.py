@@ -208,9 +208,9 @@ def _assemble(replayed: _Replayed) -> RecoveredDisk | None:
 
 
 def recover_cache(directory: DurableDirectory) -> RecoveredCache:
-    """Reads all log files, cuts torn tails, and replays what stands. Blocking. Changes nothing in the directory.
+    """Reads all log files, cuts torn tails, and replays what stands, which is durable on return. Blocking.
 
-    Raises OSError if a file cannot be read, CacheFormatNotSupported.
+    Raises OSError if a file cannot be read or made durable, CacheFormatNotSupported.
     """
     files_io = CacheFiles(directory)
     numbers = sorted(number for name in directory.names() if (number := file_number_of(name)) is not None)
@@ -240,6 +240,8 @@ def _newest_checkpoint(files_io: CacheFiles, numbers: Sequence[int]) -> tuple[di
     scanned: dict[int, ScannedFile] = {}
     for number in reversed(numbers):
         found = scanned[number] = files_io.scan(number, end_bytes=None, verify_payloads=True)
+        # why: agents are told of everything that is found here, and a killed process may not have synchronized it.
+        files_io.make_durable(number, end_bytes=found.end_bytes)
         if found.records:
             (payload,) = files_io.read(RecordKind.CHECKPOINT, [found.records[0].location]).payloads
             return decode_file_ends(payload, file_name(number)), scanned

@@ -1,0 +1,38 @@
+"""Seeds that once found a defect, by what it was.
+
+Schedules shift as the programs change, so a seed may no longer lead to the place; it is still a run like any other.
+"""
+
+import pytest
+
+from tests.simulation.world import run_seed
+
+
+@pytest.mark.parametrize("seed", [10])
+def test_a_cache_file_that_is_being_begun_is_never_taken_for_unused(seed):
+    assert run_seed(seed).violations == []
+
+
+@pytest.mark.parametrize("seed", [1, 3, 7, 8])
+def test_ticks_go_on_beside_the_housekeeping_so_that_points_get_new_instants(seed):
+    assert run_seed(seed).violations == []
+
+
+@pytest.mark.parametrize("seed", [2, 90, 113])
+def test_a_frame_buffer_pair_that_somebody_waits_for_is_taken_by_nobody_else(seed):
+    assert run_seed(seed).violations == []
+
+
+@pytest.mark.parametrize("seed", [13, 69])
+def test_a_full_cache_that_is_killed_again_and_again_keeps_what_is_committed_and_empties(seed):
+    assert run_seed(seed).violations == []
+
+
+@pytest.mark.parametrize("seed", [5019, 5033, 5122, 5317])
+def test_what_a_killed_process_server_had_not_synchronized_is_made_durable_before_it_is_acknowledged(seed):
+    assert run_seed(seed).violations == []
+
+
+@pytest.mark.parametrize("seed", [5691])
+def test_a_process_server_with_a_full_cache_drains_and_stops(seed):
+    assert run_seed(seed).violations == []
