@@ -112,7 +112,10 @@ class LocalDisk:
                 return
             if first >= end_bytes:
                 return
-            at = min(os.lseek(self._descriptor, first, os.SEEK_HOLE), end_bytes)
+            try:
+                at = min(os.lseek(self._descriptor, first, os.SEEK_HOLE), end_bytes)
+            except OSError:
+                at = end_bytes  # why: it was cut short or does not read; reading it tells which
             yield first, at
 
     def begin_stillness(self) -> StillnessProof:

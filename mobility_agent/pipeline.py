@@ -125,17 +125,18 @@ def _compressed(frame: SourceFrame) -> bytes | None:
 
 
 def _ready(frame: SourceFrame, compressed: bytes | None, pair: BufferPair) -> ReadyFrame:
+    holds = frame.buffer_index is not None
+    if holds:
+        # why: also where the compressed payload is all that travels: the pairs bound what is on its way of all disks.
+        pair.hold()
     if compressed is not None:
         return ReadyFrame(
             source=frame,
             payload=(compressed,),
             payload_bytes=len(compressed),
             compression=Compression.ZSTD,
-            buffers=None,
+            buffers=pair,
         )
-    holds = frame.buffer_index is not None
-    if holds:
-        pair.hold()
     return ReadyFrame(
         source=frame,
         payload=frame.packed.payload,

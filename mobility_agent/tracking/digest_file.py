@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import numpy
-import numpy.typing
 from blake3 import blake3
 
 from mobility_agent.core.extent_set import ExtentSet
@@ -29,7 +28,6 @@ ENTRY_BYTES: Final = 32
 DIGEST_BYTES: Final = 16
 PAGE_ENTRIES: Final = 2048
 """64 KiB of entries: 128 MiB of disk. One page is held in memory."""
-COPY_PAGES: Final = 16
 KEY_BYTES: Final = 32
 
 _HEADER: Final = struct.Struct("<8sII16sQII32s")
@@ -37,17 +35,27 @@ _HEADER: Final = struct.Struct("<8sII16sQII32s")
 _HEADER_CHECK_BYTES: Final = 16
 _FLAG_BASE_IS_EMPTY: Final = 1
 
-_ENTRY_DTYPE: Final = numpy.dtype([("digest", "V16"), ("sequence", "<u8"), ("check", "V8")])
-_Page = numpy.typing.NDArray[numpy.void]
 _NEVER_SENT: Final = bytes(ENTRY_BYTES)
 _UNKNOWN: Final = b"\xff" * ENTRY_BYTES
+_NOTHING_SENT: Final = bytearray(PAGE_ENTRIES * ENTRY_BYTES)
 
 
 class DigestFile:
     """One disk's digests. Calls block; they may come from several threads. Errors: AgentStateDamaged, OSError."""
 
-    def __init__(self, file: DurableFile, *, name: str, size_bytes: int, epoch: int, base_is_empty: bool, key: bytes):
+    def __init__(
+        self,
+        directory: DurableDirectory,
+        file: DurableFile,
+        *,
+        name: str,
+        size_bytes: int,
+        epoch: int,
+        base_is_empty: bool,
+        key: bytes,
+    ) -> None:
         """Use create() or open()."""
+        self._directory = directory
         self.name = name
         self.epoch = epoch
         self.base_is_empty = base_is_empty
@@ -91,7 +99,9 @@ class DigestFile:
         file.truncate(_file_bytes(size_bytes))
         file.write(0, [header, blake3(header, key=key).digest(_HEADER_CHECK_BYTES)])
         file.synchronize()
-        return DigestFile(file, name=name, size_bytes=size_bytes, epoch=epoch, base_is_empty=base_is_empty, key=key)
+        return DigestFile(
+            directory, file, name=name, size_bytes=size_bytes, epoch=epoch, base_is_empty=base_is_empty, key=key
+        )
 
     @staticmethod
     def open(directory: DurableDirectory, name: str, *, disk: DiskId, size_bytes: int) -> DigestFile:
@@ -111,6 +121,7 @@ class DigestFile:
             file.close()
             raise
         return DigestFile(
+            directory,
             file,
             name=name,
             size_bytes=size_bytes,
@@ -142,6 +153,8 @@ class DigestFile:
         for page, first, end in _pages(first_block, end_block):
             with self._lock:
                 self._load(page)
+                if self.base_is_empty and self._page == _NOTHING_SENT:
+                    continue
                 words = numpy.frombuffer(self._page, dtype="<u8").reshape(PAGE_ENTRIES, 4)[first:end]
                 if self.base_is_empty:
                     candidates = (numpy.flatnonzero(words.any(axis=1)) + first).tolist()
@@ -196,8 +209,13 @@ class DigestFile:
                     self._write_entries(stale, lambda _: _UNKNOWN)
 
     def synchronize(self) -> None:
-        """On return all that was written or forgotten before survives power loss."""
-        self._file.synchronize()
+        """On return all that was written or forgotten before survives power loss. After an OSError the file is gone."""
+        try:
+            self._file.synchronize()
+        except OSError:
+            # why: reads now show what the disk may not hold, and another synchronize would succeed all the same.
+            self._directory.remove(self.name)
+            raise
 
     def close(self) -> None:
         self._file.close()
@@ -221,6 +239,8 @@ class DigestFile:
         for page in range(-(-self.block_count // PAGE_ENTRIES)):
             with self._lock:
                 self._load(page)
+                if self._page == _NOTHING_SENT:
+                    continue
                 entries = bytearray(self._page)
                 words = numpy.frombuffer(entries, dtype="<u8").reshape(PAGE_ENTRIES, 4)
                 for index in numpy.flatnonzero(words.any(axis=1)).tolist():
@@ -260,10 +280,9 @@ class DigestFile:
             self._page, self._page_number = buffer, page
 
     def _put_page(self, page: int, entries: bytearray) -> None:
-        """Writes a page of a fresh file, leaving what was never sent a hole."""
-        if any(entries):
-            used = min(PAGE_ENTRIES, self.block_count - page * PAGE_ENTRIES) * ENTRY_BYTES
-            self._file.write(HEADER_BYTES + page * PAGE_ENTRIES * ENTRY_BYTES, [memoryview(entries)[:used]])
+        """Writes a page of a fresh file."""
+        used = min(PAGE_ENTRIES, self.block_count - page * PAGE_ENTRIES) * ENTRY_BYTES
+        self._file.write(HEADER_BYTES + page * PAGE_ENTRIES * ENTRY_BYTES, [memoryview(entries)[:used]])
 
     def _write_entries(self, blocks: list[int], entry_of: Callable[[int], bytes]) -> None:
         """Writes entries of ascending blocks, neighbours in one go."""

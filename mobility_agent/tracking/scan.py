@@ -29,6 +29,8 @@ from runtime.directory import DurableDirectory
 WINDOW_BYTES: Final = FRAME_RAW_BYTES_MAX
 STEP_BYTES_MAX: Final = 16 * WINDOW_BYTES
 """Read per call at most, so that a stop or a broken proof is noticed soon."""
+COVERED_BYTES_MAX: Final = 2**40
+"""Covered per call at most, holes included, for the same reason: they cost a look into the digests."""
 ZERO_RUN_BLOCKS_MAX: Final = FRAME_EXTENTS_MAX
 """Blocks of zeroes that one frame may tell of: bounds the receipt, and keeps every extent below its limit."""
 WINDOW_BLOCKS: Final = WINDOW_BYTES // DIGEST_BLOCK_BYTES
@@ -175,8 +177,8 @@ class ScanRound:
     def read(self, window: memoryview, packing: memoryview) -> Sequence[SourceFrame]:
         packer = FramePacker()
         digests: Receipt = []
-        budget_end = self.read_bytes + STEP_BYTES_MAX
-        while not self.is_exhausted and self.read_bytes < budget_end:
+        read_end, end = self.read_bytes + STEP_BYTES_MAX, self._at + COVERED_BYTES_MAX
+        while not self.is_exhausted and self.read_bytes < read_end and self._at < end:
             before = self._at
             in_hole = self._next_data is None or self._next_data[0] >= self._window_end
             finding = self._compare_hole() if in_hole else self._compare_window(window)
@@ -253,7 +255,8 @@ class ScanRound:
 
     def _compare_hole(self) -> _Finding:
         """Everything up to the next data reads as zeroes: what the history holds otherwise is zeroed."""
-        end = self._size_bytes if self._next_data is None else self._next_data[0] // WINDOW_BYTES * WINDOW_BYTES
+        hole_end = self._size_bytes if self._next_data is None else self._next_data[0] // WINDOW_BYTES * WINDOW_BYTES
+        end = min(hole_end, self._at + COVERED_BYTES_MAX)
         first_block, end_block = self._at // DIGEST_BLOCK_BYTES, -(-end // DIGEST_BLOCK_BYTES)
         blocks: list[tuple[int, ChangeKind]] = []
         digests: Receipt = []

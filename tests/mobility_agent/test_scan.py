@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import random
@@ -19,7 +20,7 @@ from mobility_agent.tracking.change_source import Promise, SourceFrame
 from mobility_agent.tracking.scan import ScanSource
 from protocol.vocabulary import DIGEST_BLOCK_BYTES as BLOCK
 from protocol.vocabulary import FRAME_RAW_BYTES_MAX, ChangeKind, DiskId, check_extent_table
-from runtime.local_directory import LocalDirectory
+from runtime.local_directory import LocalDirectory, LocalFile
 
 DISK = DiskId("d" * 32)
 MIB = 2**20
@@ -142,6 +143,21 @@ def test_punched_holes_are_sent_as_zeroes_once(tmp_path: Path) -> None:
     assert scanned.round()[0] == []
 
 
+def test_a_huge_hole_is_covered_in_bounded_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mobility_agent.tracking.scan.COVERED_BYTES_MAX", 4 * MIB)
+    scanned = Scanned(tmp_path, 20 * MIB)
+    scanned.write(18 * MIB, b"x")
+    current = scanned.source.begin_round(first_bytes=0)
+    reached = []
+    while not current.is_exhausted:
+        current.read(WINDOW, PACKING)
+        reached.append(current.compared_to_bytes // MIB)
+    assert reached == [4, 8, 12, 16, 20]
+    assert current.end().promise is Promise.COPY_IN_VALIDATED
+    scanned.round()
+    assert scanned.is_equal
+
+
 def test_what_was_not_said_to_be_sent_is_yielded_again(tmp_path: Path) -> None:
     scanned = Scanned(tmp_path, 4 * MIB)
     scanned.write(MIB, os.urandom(MIB))
@@ -175,6 +191,25 @@ def test_a_restart_forgets_what_the_digests_missed(tmp_path: Path) -> None:
     assert scanned.source.restore(1, [lost])
     scanned.round()
     assert scanned.is_equal, "the stale digest of what is there again must not count"
+
+
+def test_digests_that_could_not_be_synchronized_are_never_trusted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scanned = Scanned(tmp_path, 2 * MIB)
+    scanned.write(0, b"one")
+    scanned.round()
+
+    def fail(file: LocalFile) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalFile, "synchronize", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            scanned.source.synchronize()
+    scanned.source.close()
+    scanned.open()
+    assert not scanned.source.restore(1, []), "what reads back may never have reached the disk"
 
 
 def test_files_of_other_epochs_are_removed_at_a_restart(tmp_path: Path) -> None:
