@@ -71,9 +71,3 @@ class SegmentGauge:
         """True when the rest of the change set in work does not come."""
         silent_seconds = now_seconds - self.newest_frame_at_seconds
         return self.is_inside_change_set and silent_seconds >= CHANGE_SET_SILENCE_SECONDS_MAX
-
-    def can_end(self) -> bool:
-        """True when it holds at least one change set and no part of another: it may end early, at a stop or an epoch's
-        end.
-        """
-        return self.change_sets > 0 and not self.is_inside_change_set

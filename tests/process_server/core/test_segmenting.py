@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from process_server.core.segmenting import (
     CHANGE_SET_EXTENTS_MAX,
+    CHANGE_SET_SILENCE_SECONDS_MAX,
     SEGMENT_EXTENTS_DUE,
     SEGMENT_FRAMES_DUE,
     SegmentGauge,
@@ -26,7 +27,6 @@ def take(
 def test_an_empty_segment_is_never_due() -> None:
     gauge = SegmentGauge(rules=RULES)
     assert not gauge.is_due(1e9)
-    assert not gauge.can_end()
 
 
 def test_a_segment_is_due_at_its_age_counted_from_its_first_frame() -> None:
@@ -59,7 +59,6 @@ def test_a_segment_inside_a_change_set_is_never_due() -> None:
     take(gauge)
     take(gauge, 10_000, is_last=False)
     assert not gauge.is_due(1e9)
-    assert not gauge.can_end()
     take(gauge, 0)
     assert gauge.is_due(0.0)
 
@@ -87,3 +86,14 @@ def test_cutting_at_every_due_moment_never_splits_a_change_set(frames: list[tupl
         take(gauge, payload_bytes, is_last=is_last, now=now)
         whole = is_last
         assert gauge.is_inside_change_set is not is_last
+
+
+def test_a_change_set_is_stalled_when_its_next_frame_does_not_come_and_only_then() -> None:
+    gauge = SegmentGauge(rules=RULES)
+    assert not gauge.is_stalled(1e9)
+    take(gauge, is_last=False, now=100.0)
+    take(gauge, is_last=False, now=400.0)
+    assert not gauge.is_stalled(400.0 + CHANGE_SET_SILENCE_SECONDS_MAX - 1)
+    assert gauge.is_stalled(400.0 + CHANGE_SET_SILENCE_SECONDS_MAX)
+    take(gauge, now=500.0)
+    assert not gauge.is_stalled(1e9)
