@@ -397,8 +397,9 @@ class DiskReplication:
         if self._outcome.point is not None:
             self._points += 1
             self._last_point_seconds = self._ports.clock.monotonic_seconds()
-        # why: a copy that did not settle, or had no clock to mark with, is followed at once by the round that can.
-        waits = self._outcome.reason != NO_CLOCK and (self._outcome.is_settled or not is_copy)
+        # why: a copy that did not settle, or had no clock to mark with, is followed at once by the round that can. Only
+        # once: without a clock, rounds that follow each other would read the disk for ever.
+        waits = not is_copy or (self._outcome.is_settled and self._outcome.reason != NO_CLOCK)
         self._next_round_seconds = began if waits else None
 
     def _is_point_due(self, *, is_changed: bool) -> bool:

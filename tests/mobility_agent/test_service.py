@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -104,6 +105,13 @@ async def test_without_a_clock_tick_a_settled_position_gets_no_point_and_says_wh
         )
         status = service.protection[0].replication
         assert status is not None
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await bench.server.until(lambda: (now := service.protection[0].replication) and now.rounds > 2)
+        status = service.protection[0].replication
+        assert status is not None
+        assert status.rounds == 2, "the copy and one round after it; the next waits for its interval"
+        assert "clock" in status.unsettled_reason
     assert not bench.server.disks[bench.disk].points()
 
 
