@@ -13,7 +13,9 @@ class StoreFault(ReplicationError):
 
 
 class StoreUnavailable(StoreFault):
-    """Not reachable, busy, or timed out."""
+    """Not reachable, busy, or timed out. retry_after_seconds, where there is such a field: what a busy store asks for;
+    0 if it asks for nothing.
+    """
 
     code = "store-unavailable"
     is_retryable = True
@@ -45,7 +47,20 @@ class StoreNotPermitted(StoreFault):
     """The credential may not do this, or the store is read-only."""
 
     code = "store-not-permitted"
-    hint = "A process server needs the right to create, read and list."
+    hint = (
+        "A process server needs the right to create, read and list, recovery to read and list. "
+        "The store's network rules may also keep this machine out."
+    )
+
+
+class StoreCredentialRefused(StoreNotPermitted):
+    """The store does not take the credential itself: wrong, ended, or for another store."""
+
+    code = "store-credential-refused"
+    hint = (
+        "Check the key or the shared access signature: its account, its container, when it begins and ends; "
+        "and this machine's clock. A program reads its credentials when it starts."
+    )
 
 
 class StoreFull(StoreFault):

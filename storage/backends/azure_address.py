@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import datetime
 import ipaddress
 import re
 from collections.abc import Mapping
@@ -51,6 +52,18 @@ class AzureAddress:
     def url(self) -> str:
         return f"azure://{self.account}/{self.container}/{self.prefix}".rstrip("/")
 
+    @property
+    def signature_end(self) -> datetime.datetime | None:
+        """When a shared access signature ends; None for other credentials, and if it does not say so itself."""
+        if not isinstance(self.credential, AzureSasCredential):
+            return None
+        text = parse_qs(self.credential.signature).get("se", [""])[0]
+        try:
+            end = datetime.datetime.fromisoformat(text)
+        except ValueError:
+            return None
+        return end if end.tzinfo is not None else end.replace(tzinfo=datetime.UTC)
+
 
 def read_address(url: str, *, credentials_file: Path | None, environment: Mapping[str, str]) -> AzureAddress:
     """Reads `azure://account/container/prefix`, `?endpoint=…` at its end naming another blob endpoint (an emulator, a
@@ -75,6 +88,9 @@ def read_address(url: str, *, credentials_file: Path | None, environment: Mappin
     _check_endpoint(url, endpoint)
     if is_connection_string:
         secret = connection.get("ACCOUNTKEY") or connection.get("SHAREDACCESSSIGNATURE", "")
+    if not secret and not endpoint.startswith("https:"):
+        reason = "its endpoint has no TLS, and takes a key or a shared access signature only; none was given"
+        raise StoreUrlInvalid(url=url, reason=reason)
     return AzureAddress(
         account=account,
         container=container,

@@ -2,11 +2,12 @@
 
 Invariants: a blob is made by one conditional request (If-None-Match: *), so it is created whole and never replaced;
 every error of the SDK leaves here as a StoreFault; a create that may have reached the service without its answer
-reaching us is StoreOutcomeUnknown, never "not created". The SDK's own retries are off: `RetryingStore` decides.
+reaching us is StoreOutcomeUnknown, never "not created". Nothing below repeats a request: `RetryingStore` decides.
 """
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
@@ -19,17 +20,18 @@ from azure.core.exceptions import (
     ServiceRequestError,
     ServiceRequestTimeoutError,
 )
-from azure.identity import CredentialUnavailableError
 from azure.identity.aio import DefaultAzureCredential
 from azure.storage.blob import BlobProperties
 from azure.storage.blob.aio import BlobClient, ContainerClient
 from typing_extensions import Buffer
 
 from storage.backends.azure_address import AzureAddress
+from storage.backends.azure_transport import asked_once, make_transport
 from storage.backends.object_store import ObjectInfo, check_object_name, clamp_range
 from storage.errors import (
     ObjectExists,
     ObjectNotFound,
+    StoreCredentialRefused,
     StoreFault,
     StoreFull,
     StoreMissing,
@@ -40,12 +42,17 @@ from storage.errors import (
 
 CONNECT_SECONDS_MAX: Final = 10
 SILENCE_SECONDS_MAX: Final = 60
-"""How long the service may say nothing while an answer is due."""
+"""How long the service may say nothing while an answer is due, or take nothing of a request."""
 
 SINGLE_REQUEST_BYTES_MAX: Final = 256 * 2**20
 """Larger objects are staged in blocks of BLOCK_BYTES and committed by one conditional request."""
 
 BLOCK_BYTES: Final = 16 * 2**20
+
+REASON_LENGTH_MAX: Final = 200
+
+RETRY_AFTER_SECONDS_MAX: Final = 60.0
+"""Of what a busy service asks for, so much is believed."""
 
 _STATUS_REFUSED_UNDONE: Final = {429}
 _CODES_REFUSED_UNDONE: Final = {"ServerBusy"}
@@ -53,6 +60,12 @@ _CODES_REFUSED_UNDONE: Final = {"ServerBusy"}
 
 _CODES_STORE_MISSING: Final = {"ContainerNotFound", "ContainerBeingDeleted", "ContainerDisabled", "ResourceNotFound"}
 _CODES_EXISTS: Final = {"BlobAlreadyExists", "ConditionNotMet", "BlobImmutableDueToPolicy", "UnauthorizedBlobOverwrite"}
+_CODES_CREDENTIAL_REFUSED: Final = {
+    "AuthenticationFailed",
+    "InvalidAuthenticationInfo",
+    "KeyBasedAuthenticationNotPermitted",
+    "NoAuthenticationInformation",
+}
 
 
 class AzureBlobStore:
@@ -62,15 +75,16 @@ class AzureBlobStore:
         """Connects to nothing: a missing container shows at the first call. Needs a running event loop."""
         self._prefix = address.prefix
         self.url = address.url
+        self._signature_end = address.signature_end
         self._identity = DefaultAzureCredential() if address.credential is None else None
         self._container = ContainerClient(
             address.endpoint,
             address.container,
             credential=address.credential or self._identity,
             retry_total=0,
-            connection_timeout=CONNECT_SECONDS_MAX,
-            read_timeout=SILENCE_SECONDS_MAX,
+            transport=make_transport(connect_seconds_max=CONNECT_SECONDS_MAX, silence_seconds_max=SILENCE_SECONDS_MAX),
             max_single_put_size=SINGLE_REQUEST_BYTES_MAX,
+            max_single_get_size=SINGLE_REQUEST_BYTES_MAX,
             max_block_size=BLOCK_BYTES,
         )
 
@@ -78,8 +92,13 @@ class AzureBlobStore:
         blob = self._blob(name)
         # why: the SDK takes a single request's body as one bytes object only, so the parts are joined once
         body = b"".join(parts)
-        with self._faults(name, is_create=True):
-            await blob.upload_blob(body, length=len(body), overwrite=False)
+        try:
+            with self._faults(name, is_create=True):
+                await blob.upload_blob(body, length=len(body), overwrite=False)
+        except StoreNotPermitted as refusal:
+            # why: who may create and not overwrite is refused as such when the name is taken
+            await self._raise_if_there(name, refusal)
+            raise
 
     async def read(self, name: str, *, first_byte: int = 0, end_byte: int | None = None) -> bytes:
         blob = self._blob(name)
@@ -92,7 +111,7 @@ class AzureBlobStore:
         with self._faults(name):
             try:
                 length = None if end_byte is None else end_byte - first_byte
-                download = await blob.download_blob(offset=first_byte, length=length)
+                download = await blob.download_blob(offset=first_byte, length=length, raw_request_hook=asked_once())
                 data: bytes = await download.readall()
             except HttpResponseError as error:
                 if error.status_code == 416:  # the range begins at or behind the end
@@ -136,6 +155,14 @@ class AzureBlobStore:
         if self._identity is not None:
             await self._identity.close()
 
+    async def _raise_if_there(self, name: str, refusal: StoreNotPermitted) -> None:
+        """Raises ObjectExists if it is, and StoreUnavailable if nobody can say."""
+        try:
+            await self.info(name)
+        except (ObjectNotFound, StoreNotPermitted):
+            return
+        raise ObjectExists(**refusal.fields) from refusal
+
     def _blob(self, name: str) -> BlobClient:
         return self._container.get_blob_client(self._prefix + check_object_name(name))
 
@@ -161,13 +188,18 @@ class AzureBlobStore:
 
     def _answer_fault(self, error: HttpResponseError, name: str, *, is_create: bool) -> StoreFault:
         """What an answer of the service that is not a success means, most specific first."""
-        status, code = error.status_code or 0, getattr(error, "error_code", None) or ""
+        status = error.status_code or 0
+        code = getattr(error, "error_code", None) or ""
         code = str(getattr(code, "value", code))
-        fields = {"url": self.url, "name": name, "reason": f"{code or 'error'} ({status})"}
-        if isinstance(error, CredentialUnavailableError):
-            return StoreNotPermitted(**fields | {"reason": "no Azure credential was found"})
+        fields = {
+            "url": self.url,
+            "name": name,
+            "reason": f"{code or 'error'} ({status})" if status else _reason(error),
+        }
         if isinstance(error, ClientAuthenticationError) or status in (401, 403):
-            return StoreNotPermitted(**fields)
+            if is_create and code in _CODES_EXISTS:
+                return ObjectExists(**fields)
+            return self._refusal(error, code, fields)
         if code in _CODES_STORE_MISSING:
             return StoreMissing(**fields)
         if status == 404:
@@ -177,10 +209,21 @@ class AzureBlobStore:
         if status == 507 or "Quota" in code or "LimitExceeded" in code:
             return StoreFull(**fields)
         if status in _STATUS_REFUSED_UNDONE or code in _CODES_REFUSED_UNDONE:
-            return StoreUnavailable(**fields)
+            return StoreUnavailable(**fields, retry_after_seconds=_retry_after_seconds(error))
         if status >= 500 or status in (0, 408):
             return (StoreOutcomeUnknown if is_create else StoreUnavailable)(**fields)
         return StoreFault(**fields)
+
+    def _refusal(self, error: HttpResponseError, code: str, fields: dict[str, str]) -> StoreNotPermitted:
+        """Of a credential that is none here (any more), or of one that may not do this."""
+        if not error.status_code:
+            return StoreCredentialRefused(**fields | {"reason": "no Azure credential was found, or none that is good"})
+        if self._signature_end is not None and self._signature_end < datetime.datetime.now(datetime.UTC):
+            ended = f"the shared access signature ended at {self._signature_end:%Y-%m-%dT%H:%M:%SZ}"
+            return StoreCredentialRefused(**fields | {"reason": ended})
+        if error.status_code == 401 or code in _CODES_CREDENTIAL_REFUSED:
+            return StoreCredentialRefused(**fields)
+        return StoreNotPermitted(**fields)
 
 
 def _check_prefix(prefix: str) -> None:
@@ -212,7 +255,12 @@ def _was_never_sent(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what the innermost error says: the SDK's own texts repeat requests at length."""
+    """The beginning of what the innermost error says: the SDK's own texts repeat requests at length."""
     innermost = list(_causes(error))[-1]
-    lines = (str(innermost) or str(error)).splitlines()
-    return lines[0] if lines else type(innermost).__name__
+    return " ".join((str(innermost) or str(error)).split())[:REASON_LENGTH_MAX] or type(innermost).__name__
+
+
+def _retry_after_seconds(error: HttpResponseError) -> float:
+    """What the service asks for; 0 if it asks for nothing, or in a way that is not its own (a date)."""
+    text = getattr(error.response, "headers", {}).get("Retry-After", "")
+    return min(float(text), RETRY_AFTER_SECONDS_MAX) if text.isascii() and text.isdigit() else 0.0

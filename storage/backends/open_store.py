@@ -7,8 +7,6 @@ from concurrent.futures import Executor
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from storage.backends.azure_address import read_address
-from storage.backends.azure_blob import AzureBlobStore
 from storage.backends.local_directory import LocalDirectoryStore
 from storage.backends.object_store import ObjectStore
 from storage.backends.retrying import RetryingStore
@@ -28,6 +26,10 @@ def open_store(
     """
     parts = urlsplit(url)
     if parts.scheme == "azure":
+        # why: the SDK takes longer to import than all the rest of a program that has a local directory
+        from storage.backends.azure_address import read_address
+        from storage.backends.azure_blob import AzureBlobStore
+
         address = read_address(url, credentials_file=credentials_file, environment=os.environ)
         return RetryingStore(AzureBlobStore(address))
     if parts.scheme != "file":

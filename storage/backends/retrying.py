@@ -1,11 +1,13 @@
 """Retries, with growing and jittered pauses, around any object store.
 
 Invariants: only a fault that says so is tried again; a create whose outcome is unknown never is, because its second
-attempt would find the first one's object: that is for the archive to settle by comparing trailers.
+attempt would find the first one's object: that is for the archive to settle by comparing trailers. A busy store that
+says how long to wait is not asked earlier.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,11 +17,13 @@ from typing_extensions import Buffer
 from storage.backends.object_store import ObjectInfo, ObjectStore
 from storage.errors import StoreFault, StoreFull, StoreOutcomeUnknown
 
+_random = random.SystemRandom()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
     """How often and how long a call is tried; pauses double from the first to the longest, each plus up to
-    jitter_seconds.
+    jitter_seconds. Where the store asks for a longer pause than that, it gets what it asks for, plus the jitter.
     """
 
     attempts_max: int = 5
@@ -94,11 +98,20 @@ class RetryingStore:
     async def close(self) -> None:
         await self._store.close()
 
-    def _attempts(self, on: Callable[[Exception], bool]) -> AsyncIterator[stamina.Attempt]:
+    def _attempts(self, is_worth_it: Callable[[Exception], bool]) -> AsyncIterator[stamina.Attempt]:
         policy = self._policy
+
+        def backoff(error: Exception) -> bool | float:
+            if not is_worth_it(error):
+                return False
+            asked_seconds = error.fields.get("retry_after_seconds", 0) if isinstance(error, StoreFault) else 0
+            if not isinstance(asked_seconds, float) or asked_seconds <= policy.first_pause_seconds:
+                return True
+            return asked_seconds + _random.uniform(0, policy.jitter_seconds)
+
         return aiter(
             stamina.retry_context(
-                on=on,
+                on=backoff,
                 attempts=policy.attempts_max,
                 timeout=policy.total_seconds_max,
                 wait_initial=policy.first_pause_seconds,

@@ -4,8 +4,10 @@ type.
 
 from __future__ import annotations
 
-import asyncio
+import dataclasses
 import datetime
+import itertools
+import re
 import socket
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -14,9 +16,9 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 from azure.storage.blob.aio import BlobServiceClient
 
+from farpoint.demo.azurite import ACCOUNT, KEY, Azurite, container_signature
 from storage.backends.azure_address import AzureAddress, read_address
 from storage.backends.azure_blob import AzureBlobStore
 from storage.backends.object_store import ObjectStore
@@ -25,6 +27,7 @@ from storage.backends.retrying import RetryingStore
 from storage.errors import (
     ObjectExists,
     ObjectNotFound,
+    StoreCredentialRefused,
     StoreFault,
     StoreFull,
     StoreMissing,
@@ -32,8 +35,11 @@ from storage.errors import (
     StoreOutcomeUnknown,
     StoreUnavailable,
 )
-from tests.azurite.server import ACCOUNT, KEY, Azurite, running_azurite
+from tests.azurite.proxy import Fault, FaultyProxy, faulty_proxy
+from tests.azurite.server import running_azurite
 from tests.storage.backends.object_store_contract import ObjectStoreContract, names
+
+HOUR = datetime.timedelta(hours=1)
 
 
 @pytest.fixture(scope="module")
@@ -109,30 +115,51 @@ async def test_a_missing_container_is_a_missing_store(azurite: Azurite) -> None:
                 await call()
 
 
+async def refused(store: AzureBlobStore, kind: type[StoreFault]) -> str:
+    """Every call is refused like this; what the last says."""
+    said = ""
+    for call in (lambda: store.create("a", [b"x"]), lambda: store.read("a"), lambda: names(store)):
+        with pytest.raises(StoreFault) as caught:
+            await call()
+        assert isinstance(caught.value, kind)
+        said = str(caught.value)
+        assert "sig=" not in said
+    return said
+
+
 async def test_a_wrong_key_is_not_permitted(azurite: Azurite, container: str) -> None:
     async with opened(address_of(azurite, container, AZURE_STORAGE_KEY="d3Jvbmc=")) as store:
-        for call in (lambda: store.create("a", [b"x"]), lambda: store.read("a"), lambda: names(store)):
-            with pytest.raises(StoreNotPermitted):
-                await call()
+        await refused(store, StoreNotPermitted)
 
 
-async def test_a_signature_that_may_create_read_and_list_may_not_delete(azurite: Azurite, container: str) -> None:
-    signature = generate_container_sas(
-        ACCOUNT,
-        container,
-        account_key=KEY,
-        permission=ContainerSasPermissions(read=True, create=True, list=True),
-        expiry=datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1),
-    )
+async def test_a_signature_that_has_ended_is_told_with_its_end(azurite: Azurite, container: str) -> None:
+    signature = container_signature(container, permissions="rcl", lifetime=-HOUR)
+    async with opened(address_of(azurite, container, AZURE_STORAGE_SAS_TOKEN=signature)) as store:
+        assert re.search(r"signature ended at 20\d\d-", await refused(store, StoreCredentialRefused))
+
+
+async def test_a_signature_for_another_container_is_not_permitted(azurite: Azurite, container: str) -> None:
+    signature = container_signature("another", permissions="rcl", lifetime=HOUR)
+    async with opened(address_of(azurite, container, AZURE_STORAGE_SAS_TOKEN=signature)) as store:
+        await refused(store, StoreNotPermitted)
+
+
+async def test_whoever_may_only_create_is_told_that_an_object_exists(azurite: Azurite, container: str) -> None:
+    """By the service it is told as a lack of permission, which a repeated upload must not be stopped by."""
+    signature = container_signature(container, permissions="rcl", lifetime=HOUR)
     async with opened(address_of(azurite, container, AZURE_STORAGE_SAS_TOKEN=signature)) as store:
         await store.create("a/b", [b"x"])
-        with pytest.raises((ObjectExists, StoreNotPermitted)):
+        with pytest.raises(ObjectExists):
             await store.create("a/b", [b"y"])
         assert await store.read("a/b") == b"x"
-        assert await names(store) == ["a/b"]
-        with pytest.raises(StoreNotPermitted) as caught:
-            await store.delete("a/b")
-        assert "sig=" not in str(caught.value)
+
+
+async def test_whoever_may_not_create_is_told_so(azurite: Azurite, container: str) -> None:
+    for permissions in ("rl", "l"):
+        signature = container_signature(container, permissions=permissions, lifetime=HOUR)
+        async with opened(address_of(azurite, container, AZURE_STORAGE_SAS_TOKEN=signature)) as store:
+            with pytest.raises(StoreNotPermitted):
+                await store.create("a/b", [b"x"])
 
 
 async def test_open_store_takes_a_connection_string_from_a_file(
@@ -165,92 +192,115 @@ async def test_a_service_that_is_not_there_has_certainly_created_nothing() -> No
             await names(store)
 
 
-@asynccontextmanager
-async def cutting_proxy(
-    azurite: Azurite, *, drop_reply_to: bytes, cut_request_after: int = 2**62
-) -> AsyncIterator[Azurite]:
-    """Forwards to Azurite; breaks a connection when the reply to a request beginning with `drop_reply_to` is due, or
-    when `cut_request_after` bytes of it have gone through.
-    """
-    host, port = azurite.origin.removeprefix("http://").split(":")
+@dataclasses.dataclass(kw_only=True)
+class Broken:
+    """A store behind a proxy."""
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        upstream_reader, upstream_writer = await asyncio.open_connection(host, int(port))
-        newest_request = b""
+    store: AzureBlobStore
+    proxy: FaultyProxy
 
-        async def forward_requests() -> None:
-            nonlocal newest_request
-            passed = 0
-            while data := await reader.read(65536):
-                newest_request = data if data.startswith((b"PUT ", b"GET ", b"HEAD ", b"DELETE ")) else newest_request
-                passed += len(data) if newest_request.startswith(drop_reply_to) else 0
-                upstream_writer.write(data)
-                await upstream_writer.drain()
-                if passed > cut_request_after:
-                    break
-
-        async def forward_replies() -> None:
-            while data := await upstream_reader.read(65536):
-                if newest_request.startswith(drop_reply_to):
-                    break
-                writer.write(data)
-
-        async with asyncio.TaskGroup() as group:
-            directions = [group.create_task(forward_requests()), group.create_task(forward_replies())]
-            await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
-            for direction in directions:
-                direction.cancel()
-        for end in (writer, upstream_writer):
-            end.transport.abort()
-
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        yield Azurite(origin=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    async def expect(self, kind: type[StoreFault], call: Awaitable[object]) -> None:
+        """The call fails like this, after one request only."""
+        before = len(self.proxy.requests)
+        with pytest.raises(StoreFault) as caught:
+            await call
+        assert type(caught.value) is kind
+        assert len(self.proxy.requests) == before + 1
 
 
-async def test_a_lost_reply_to_a_creation_leaves_the_outcome_unknown(azurite: Azurite, container: str) -> None:
-    async with (
-        cutting_proxy(azurite, drop_reply_to=b"PUT ") as proxy,
-        opened(address_of(proxy, container)) as store,
-    ):
-        with pytest.raises(StoreOutcomeUnknown):
-            await store.create("a", [b"x" * 300_000])
-        assert await store.read("a") == b"x" * 300_000
+@pytest.fixture
+async def broken(azurite: Azurite, container: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Broken]:
+    monkeypatch.setattr("storage.backends.azure_blob.SILENCE_SECONDS_MAX", 1)
+    async with faulty_proxy(azurite) as proxy, opened(address_of(proxy.azurite, container)) as store:
+        await store.create("there", [b"x" * 300_000])
+        yield Broken(store=store, proxy=proxy)
 
 
-async def test_a_creation_cut_in_the_middle_leaves_the_outcome_unknown_and_no_part(
-    azurite: Azurite, container: str
+@pytest.mark.parametrize("fault", [Fault.LOST_REPLY, Fault.GATEWAY_ERROR, Fault.SILENCE])
+async def test_a_creation_whose_reply_is_lost_was_sent_once_and_its_outcome_is_unknown(
+    broken: Broken, fault: Fault
 ) -> None:
-    async with (
-        cutting_proxy(azurite, drop_reply_to=b"PUT ", cut_request_after=100_000) as proxy,
-        opened(address_of(proxy, container)) as store,
-    ):
-        with pytest.raises(StoreOutcomeUnknown):
-            await store.create("a", [b"x" * 3_000_000])
-        with pytest.raises(ObjectNotFound):
-            await store.read("a")
+    broken.proxy.choose = lambda request: fault
+    await broken.expect(StoreOutcomeUnknown, broken.store.create("a", [b"y" * 300_000]))
+    broken.proxy.choose = lambda request: Fault.NONE
+    assert await broken.store.read("a") == b"y" * 300_000
 
 
-async def test_a_creation_with_unknown_outcome_is_not_repeated_by_the_retrying_store(
-    azurite: Azurite, container: str
+@pytest.mark.parametrize(
+    ("fault", "size_bytes"), [(Fault.RESET, 300_000), (Fault.HALF_REQUEST, 3_000_000), (Fault.DEAF, 50_000_000)]
+)
+async def test_a_creation_that_is_cut_off_was_sent_once_and_leaves_no_part(
+    broken: Broken, fault: Fault, size_bytes: int
 ) -> None:
-    async with (
-        cutting_proxy(azurite, drop_reply_to=b"PUT ") as proxy,
-        opened(address_of(proxy, container)) as store,
-    ):
-        with pytest.raises(StoreOutcomeUnknown):
-            await RetryingStore(store).create("a", [b"x"])
+    broken.proxy.choose = lambda request: fault
+    await broken.expect(StoreOutcomeUnknown, broken.store.create("a", [b"y" * size_bytes]))
+    broken.proxy.choose = lambda request: Fault.NONE
+    with pytest.raises(ObjectNotFound):
+        await broken.store.read("a")
 
 
-async def test_a_lost_reply_to_anything_else_is_a_passing_fault(azurite: Azurite, container: str) -> None:
-    async with (
-        cutting_proxy(azurite, drop_reply_to=b"GET ") as proxy,
-        opened(address_of(proxy, container)) as store,
-    ):
-        await store.create("a", [b"x"])
-        for call in (lambda: store.read("a"), lambda: names(store)):
-            with pytest.raises(StoreUnavailable) as caught:
-                await call()
-            assert type(caught.value) is StoreUnavailable
+@pytest.mark.parametrize("fault", [Fault.BUSY, Fault.THROTTLED])
+async def test_a_busy_service_has_created_nothing_and_says_how_long_to_wait(broken: Broken, fault: Fault) -> None:
+    broken.proxy.choose = lambda request: fault
+    for retry_after, seconds in (("", 0.0), ("7", 7.0), ("100000", 60.0), ("Fri, 20 Nov 2026 10:00:00 GMT", 0.0)):
+        broken.proxy.retry_after = retry_after
+        with pytest.raises(StoreUnavailable) as caught:
+            await broken.store.create("a", [b"y"])
+        assert type(caught.value) is StoreUnavailable
+        assert caught.value.retry_after_seconds == seconds
+    broken.proxy.choose = lambda request: Fault.NONE
+    await broken.store.create("a", [b"y"])
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault.LOST_REPLY, Fault.GATEWAY_ERROR, Fault.SILENCE, Fault.BUSY, Fault.THROTTLED, Fault.RESET, Fault.DEAF,
+        Fault.HALF_REPLY,
+    ],
+)  # fmt: skip
+async def test_whatever_breaks_a_read_or_a_listing_is_a_passing_fault_after_one_request(
+    broken: Broken, fault: Fault
+) -> None:
+    broken.proxy.choose = lambda request: fault
+    await broken.expect(StoreUnavailable, broken.store.read("there"))
+    await broken.expect(StoreUnavailable, broken.store.read("there", first_byte=5, end_byte=100_000))
+    await broken.expect(StoreUnavailable, names(broken.store))
+    if fault is not Fault.HALF_REPLY:  # an answer without a body has no half
+        await broken.expect(StoreUnavailable, broken.store.info("there"))
+
+
+async def test_a_slow_answer_is_an_answer(broken: Broken) -> None:
+    broken.proxy.choose = lambda request: Fault.SLOW
+    await broken.store.create("a", [b"y" * 100_000])
+    assert await broken.store.read("a") == b"y" * 100_000
+    assert await names(broken.store) == ["a", "there"]
+
+
+async def test_an_object_is_read_by_one_request(broken: Broken) -> None:
+    parts = [bytes([number]) * 2**20 for number in range(40)]
+    await broken.store.create("large", parts)
+    for first_byte, end_byte in ((0, None), (5, None), (2**20, 39 * 2**20)):
+        broken.proxy.requests.clear()
+        assert (
+            await broken.store.read("large", first_byte=first_byte, end_byte=end_byte)
+            == b"".join(parts)[first_byte:end_byte]
+        )
+        assert len(broken.proxy.requests) == 1
+
+
+async def test_a_creation_with_unknown_outcome_is_not_repeated_by_the_retrying_store(broken: Broken) -> None:
+    broken.proxy.choose = lambda request: Fault.LOST_REPLY
+    await broken.expect(StoreOutcomeUnknown, RetryingStore(broken.store).create("a", [b"x"]))
+
+
+async def test_the_retrying_store_asks_a_busy_service_not_earlier_than_it_says(broken: Broken) -> None:
+    broken.proxy.retry_after = "1"
+    broken.proxy.choose = lambda request: Fault.BUSY if len(broken.proxy.of("PUT", "a")) < 2 else Fault.NONE
+    await RetryingStore(broken.store).create("a", [b"x"])
+    sent = [request.seconds for request in broken.proxy.of("PUT", "a")]
+    assert len(sent) == 3
+    assert all(later - earlier >= 1.0 for earlier, later in itertools.pairwise(sent))
 
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -287,7 +337,11 @@ def answering(status: int, code: str) -> Handler:
         (409, "ContainerBeingDeleted", StoreMissing, StoreMissing),
         (404, "ContainerNotFound", StoreMissing, StoreMissing),
         (404, "BlobNotFound", ObjectNotFound, ObjectNotFound),
-        (401, "NoAuthenticationInformation", StoreNotPermitted, StoreNotPermitted),
+        (401, "NoAuthenticationInformation", StoreCredentialRefused, StoreCredentialRefused),
+        (403, "AuthenticationFailed", StoreCredentialRefused, StoreCredentialRefused),
+        (403, "KeyBasedAuthenticationNotPermitted", StoreCredentialRefused, StoreCredentialRefused),
+        (403, "AuthorizationFailure", StoreNotPermitted, StoreNotPermitted),
+        (403, "UnauthorizedBlobOverwrite", ObjectExists, StoreNotPermitted),
         (403, "AuthorizationPermissionMismatch", StoreNotPermitted, StoreNotPermitted),
         (403, "AccountIsDisabled", StoreNotPermitted, StoreNotPermitted),
         (507, "InsufficientStorage", StoreFull, StoreFull),
@@ -313,35 +367,6 @@ async def test_every_answer_of_the_service_has_its_type(
             with pytest.raises(StoreFault) as caught:
                 await call()
             assert type(caught.value) is of_read
-
-
-async def test_a_request_is_sent_once_only_because_retries_are_ours() -> None:
-    requests = 0
-
-    async def answer(request: web.Request) -> web.StreamResponse:
-        nonlocal requests
-        requests += 1
-        return web.Response(status=503, headers={"x-ms-error-code": "ServerBusy"})
-
-    async with service(answer) as address, opened(address_of(address, "container")) as store:
-        with pytest.raises(StoreUnavailable):
-            await store.read("a")
-    assert requests == 1
-
-
-async def test_an_answer_that_is_cut_short_is_a_passing_fault() -> None:
-    async def answer(request: web.Request) -> web.StreamResponse:
-        headers = {"Content-Length": "1000", "Content-Range": "bytes 0-999/1000", "ETag": '"1"'}
-        response = web.StreamResponse(status=206, headers=headers)
-        await response.prepare(request)
-        await response.write(b"x" * 10)
-        assert request.transport is not None
-        request.transport.abort()
-        return response
-
-    async with service(answer) as address, opened(address_of(address, "container")) as store:
-        with pytest.raises(StoreUnavailable):
-            await store.read("a", first_byte=0, end_byte=1000)
 
 
 async def test_a_listing_out_of_byte_order_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,11 @@ def test_without_any_secret_the_default_credential_is_meant() -> None:
     assert read("azure://backups/vault").credential is None
 
 
+def test_without_tls_nothing_but_a_secret_opens_it() -> None:
+    with pytest.raises(StoreUrlInvalid, match="no TLS"):
+        read("azure://backups/vault?endpoint=http://127.0.0.1:10000/backups")
+
+
 def test_a_connection_string_of_another_account_is_refused() -> None:
     with pytest.raises(StoreUrlInvalid, match="backups") as caught:
         read("azure://other/vault", AZURE_STORAGE_CONNECTION_STRING=CONNECTION)
@@ -129,3 +136,23 @@ def test_a_credentials_file_that_holds_something_else_is_named_without_its_conte
 def test_a_credentials_file_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(SecretMissing):
         read("azure://backups/vault", tmp_path / "credentials")
+
+
+def test_a_local_store_is_opened_without_importing_anything_of_azure(tmp_path: Path) -> None:
+    program = "import sys; from storage.backends.open_store import open_store; open_store(sys.argv[1]); "
+    program += "sys.exit(any(name.partition('.')[0] in ('azure', 'msal') for name in sys.modules))"
+    subprocess.run([sys.executable, "-c", program, tmp_path.as_uri()], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("signature", "end"),
+    [
+        ("sv=1&se=2026-11-20T10%3A00%3A00Z&sig=x", "2026-11-20T10:00:00+00:00"),
+        ("sv=1&se=2026-11-20&sig=x", "2026-11-20T00:00:00+00:00"),
+        ("sv=1&si=policy&sig=x", None),
+        ("sv=1&se=never&sig=x", None),
+    ],
+)
+def test_a_signature_says_when_it_ends(signature: str, end: str | None) -> None:
+    found = read("azure://backups/vault", AZURE_STORAGE_SAS_TOKEN=signature).signature_end
+    assert (found.isoformat() if found else None) == end

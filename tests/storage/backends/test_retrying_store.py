@@ -4,6 +4,7 @@ again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -131,3 +132,28 @@ async def test_a_listing_that_breaks_off_goes_on_behind_its_last_object(
     faulty.faults = [StoreUnavailable] * 4
     assert await names(store, "a/") == expected
     assert faulty.faults == []
+
+
+class BusyStore(LocalDirectoryStore):
+    """A real store that is busy for the first calls, and says how long."""
+
+    asked_seconds = 0.0
+    calls = 0
+
+    async def info(self, name: str) -> ObjectInfo:
+        self.calls += 1
+        if self.calls < 3:
+            raise StoreUnavailable(url=self.url, reason="busy", retry_after_seconds=self.asked_seconds)
+        return await super().info(name)
+
+
+@pytest.mark.parametrize(("asked_seconds", "waits"), [(0.3, True), (0.0, False), (0.001, False)])
+async def test_a_busy_store_gets_the_pause_that_it_asks_for(tmp_path: Path, asked_seconds: float, waits: bool) -> None:
+    busy = BusyStore(tmp_path)
+    await busy.create("a", [b"x"])
+    busy.asked_seconds = asked_seconds
+    policy = RetryPolicy(first_pause_seconds=0.001, pause_seconds_max=0.001, jitter_seconds=0)
+    started = time.monotonic()
+    await RetryingStore(busy, policy).info("a")
+    assert busy.calls == 3
+    assert (time.monotonic() - started >= 2 * 0.3) == waits
