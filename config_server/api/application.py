@@ -122,6 +122,8 @@ async def _read_body(request: web.Request, route: Route, model: type[BaseModel])
                     raise RequestTooLarge(limit_bytes=route.body_bytes_max)
     except TimeoutError as error:
         raise RequestInvalid(reason=f"its body did not arrive within {BODY_SECONDS_MAX:.0f} s") from error
+    except ConnectionError as error:
+        raise RequestInvalid(reason="its body was cut off") from error
     try:
         return model.model_validate_json(bytes(received))
     except ValidationError as error:
