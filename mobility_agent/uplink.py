@@ -417,7 +417,11 @@ class Uplink:
         session.check_send(self._hello)
         try:
             async with asyncio.timeout(GREETING_SECONDS_MAX):
-                await channel.send(self._hello)
+                try:
+                    await channel.send(self._hello)
+                except ConnectionLost:
+                    # why: who refuses us at once may have closed already; the reason is still there to be read.
+                    pass
                 received = await channel.receive()
         except TimeoutError as error:
             raise DeadlineExceeded(what="the process server's welcome", seconds=GREETING_SECONDS_MAX) from error
