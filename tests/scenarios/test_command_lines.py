@@ -9,7 +9,7 @@ import pytest
 
 from runtime.exit_codes import ExitCode
 from tests.scenarios.conftest import ReplicatedSite
-from tests.scenarios.processes import run_command, wait_until
+from tests.scenarios.processes import Finished, call_command, run_command, wait_until
 from tests.scenarios.site import Endpoint, Site, free_port
 
 PROGRAM_NAMES = ["config-server", "process-server", "mobility-agent", "farpoint"]
@@ -18,18 +18,18 @@ SERVICES = ["config-server", "process-server", "mobility-agent"]
 
 @pytest.mark.parametrize("program", PROGRAM_NAMES)
 def test_an_unknown_setting_is_named_wherever_it_comes_from(program: str, tmp_path: Path) -> None:
-    run_command(program, "config", "check").expect(ExitCode.OK)
-    done = run_command(program, "config", "check", "--set", "colour=blue")
+    call_command(program, "config", "check").expect(ExitCode.OK)
+    done = call_command(program, "config", "check", "--set", "colour=blue")
     done.expect(ExitCode.USAGE, "unknown setting colour")
     settings = tmp_path / "settings.toml"
     settings.write_text('colour = "blue"\n')
-    done = run_command(program, "config", "check", "--settings", settings)
+    done = call_command(program, "config", "check", "--settings", settings)
     done.expect(ExitCode.USAGE, "unknown setting colour", str(settings))
     variable = "FARPOINT_COLOUR" if program == "farpoint" else f"FARPOINT_{program.upper().replace('-', '_')}_COLOUR"
     done = run_command(program, "config", "check", environment={variable: "blue"})
     done.expect(ExitCode.USAGE, "unknown setting colour", variable)
     settings.write_text("colour = = blue\n")
-    run_command(program, "config", "check", "--settings", settings).expect(ExitCode.USAGE, str(settings))
+    call_command(program, "config", "check", "--settings", settings).expect(ExitCode.USAGE, str(settings))
 
 
 @pytest.mark.parametrize("program", SERVICES)
@@ -41,7 +41,7 @@ def test_an_unknown_setting_keeps_a_service_from_running(program: str, tmp_path:
 
 @pytest.mark.parametrize("program", PROGRAM_NAMES)
 def test_settings_show_where_they_come_from(program: str) -> None:
-    rows = run_command(program, "config", "show", "--origin", "-o", "json").expect(ExitCode.OK).json
+    rows = call_command(program, "config", "show", "--origin", "-o", "json").expect(ExitCode.OK).json
     assert rows
     assert {row["origin"] for row in rows} == {"default"}
 
@@ -99,12 +99,24 @@ def test_an_interrupted_service_ends_in_order_with_130(site: Site) -> None:
         server.expect_end(ExitCode.INTERRUPTED)
 
 
-def test_a_configuration_server_is_never_made_over_another(replicated: ReplicatedSite) -> None:
-    site = replicated.site
-    done = run_command(
-        *("config-server", "init", "--dir", site.config_directory, "--authority-key", site.root / "vault-authority.key")
-    )
-    done.expect(ExitCode.FAILURE, "holds a configuration server already")
+def test_a_configuration_server_is_never_made_over_another(site: Site) -> None:
+    def init() -> Finished:
+        authority = site.root / "vault-authority.key"
+        return run_command("config-server", "init", "--dir", site.config_directory, "--authority-key", authority)
+
+    init().expect(ExitCode.LOCKED, "is in use")
+    site.config_server.stop()
+    before = {
+        path.name: path.read_bytes()
+        for path in site.config_directory.iterdir()
+        if path.is_file() and path.name != "lock"
+    }
+    init().expect(ExitCode.FAILURE, "holds a configuration server already")
+    assert before == {
+        path.name: path.read_bytes()
+        for path in site.config_directory.iterdir()
+        if path.is_file() and path.name != "lock"
+    }
 
 
 def test_secrets_are_readable_by_their_owner_only(replicated: ReplicatedSite) -> None:
