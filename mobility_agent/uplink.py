@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import structlog
 from typing_extensions import Buffer
@@ -124,6 +124,8 @@ class Connection:
             raise ConnectionLost(peer=self._channel.peer.uri, reason="its channel numbers are used up")
         self._next_channel += 1
         opening: asyncio.Future[DiskOpened] = asyncio.get_running_loop().create_future()
+        # why: the connection may end while the request still waits to be sent; then nobody awaits the answer.
+        opening.add_done_callback(_retrieve)
         self._openings[number] = opening
         self._listeners[number] = listener
         epoch, acknowledged = standing
@@ -459,7 +461,7 @@ def _nothing() -> None:
     """Nothing to give back."""
 
 
-def _retrieve(done: asyncio.Future[None]) -> None:
+def _retrieve(done: asyncio.Future[Any]) -> None:
     """Whoever posted may not wait any more; the error is the connection's and is reported there."""
     if not done.cancelled():
         done.exception()
