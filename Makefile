@@ -20,7 +20,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . 1>&2
 	@touch $(STAMP)
 
-demo: $(STAMP)
+demo: $(STAMP) $(if $(findstring --azurite,$(ARGS)),.node/.installed)
 	@$(BIN)/farpoint demo $(ARGS)
 
 test: $(STAMP)
@@ -39,7 +39,7 @@ simulate: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.line $(ARGS)
 
-# The Azure Blob emulator for the tests, into the ignored folder .node/ by its lock file.
+# The Azure Blob emulator for the tests and the demo, into the ignored folder .node/ by its lock file.
 azurite: .node/.installed
 
 .node/.installed: tests/azurite/package.json tests/azurite/package-lock.json

@@ -76,7 +76,7 @@ def build_package(program: Program, sources: Sources, destination: Path) -> Path
     architecture = run("dpkg", "--print-architecture").strip()
     path = destination / f"{program.package_name}_{sources.version}_{architecture}.deb"
     environment = os.environ | {"SOURCE_DATE_EPOCH": str(sources.epoch_seconds)}
-    run("dpkg-deb", "--root-owner-group", "-Zxz", "-z3", "--build", root, path, environment=environment)
+    run("dpkg-deb", "--root-owner-group", "-Zzstd", "-z12", "--build", root, path, environment=environment)
     return path
 
 

@@ -85,12 +85,12 @@ PROGRAMS: Final = (
             "config_server",
             "recovery",
             "farpoint",
-        ),  # fmt: skip
+        ),
         extras=("agent", "process-server", "config-server", "recovery"),
         has_service=False,
         user="",
         summary="Farpoint's recovery and operator's command line",
-        description="Recovers disks from a store and a recovery key file alone; makes vaults and join tokens, lists what\n"
-        " is protected, runs both servers on one host (farpoint up) and the demonstration (farpoint demo).",
+        description="Recovers disks from a store and a recovery key file alone; makes vaults and join tokens,\n"
+        " lists what is protected, runs both servers on one host (farpoint up) and the demonstration (farpoint demo).",
     ),
 )

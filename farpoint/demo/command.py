@@ -10,20 +10,22 @@ import click
 
 from farpoint.demo.demo import SIZE_BYTES_MIN, Demo
 from farpoint.demo.errors import DirectoryNotEmpty
-from farpoint.demo.line import Places
+from farpoint.demo.places import Places
 from farpoint.demo.report import DemoResult, print_table
+from farpoint.demo.stores import AzuriteStore, DirectoryStore
 from farpoint.progress import progress_view
 from farpoint.running import run_interruptible
 from runtime.exit_codes import ExitCode
-from runtime.output import print_json
+from runtime.output import notice, print_json
 from runtime.units import parse_bytes
 
 
 @click.command("demo")
 @click.option("--json", "as_json", is_flag=True, help="JSON lines; the last one is the result.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Leave images, store and keys in this new directory.")
+@click.option("--azurite", "on_azurite", is_flag=True, help="Store in the Azure Blob emulator, not in a directory.")
 @click.option("--size", default=f"{SIZE_BYTES_MIN >> 20} MiB", show_default=True, help="Of the source image.")
-def demo_command(as_json: bool, keep: Path | None, size: str) -> ExitCode:
+def demo_command(as_json: bool, keep: Path | None, on_azurite: bool, size: str) -> ExitCode:
     """Replicate a disk and recover it, everything real. Exit code 0 only if all is identical."""
     try:
         size_bytes = parse_bytes(size)
@@ -36,10 +38,14 @@ def demo_command(as_json: bool, keep: Path | None, size: str) -> ExitCode:
 
     async def work() -> ExitCode:
         root = Path(tempfile.mkdtemp(prefix="farpoint-demo-")) if keep is None else keep.absolute()
+        places = Places(root=root)
         try:
+            store = AzuriteStore(places) if on_azurite else DirectoryStore(places)
             with progress_view(json_lines=as_json) as view:
-                result = await Demo(Places(root=root), view, size_bytes=size_bytes).run()
+                result = await Demo(places, store, view, size_bytes=size_bytes).run()
             _print(result, as_json=as_json)
+            if keep is not None and store.start_command is not None:
+                notice(f"to recover from what is kept, start its store again: {store.start_command}")
         finally:
             _tidy(root, is_kept=keep is not None)
         return ExitCode.OK if result.is_identical else ExitCode.FAILURE

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from farpoint.demo.line import Line, Places
+from farpoint.demo.line import Line
+from farpoint.demo.places import Places
 from farpoint.demo.programs import Programs
 from farpoint.demo.report import DemoResult, Phase, RecoveredPoint
 from farpoint.demo.source_image import Changes, SourceImage, allocated_bytes, copy_sparse, source_image
+from farpoint.demo.stores import DemoStore
 from farpoint.progress import ProgressView
 from protocol.operator_messages import DiskStatus, RecoveryPointStatus
 from protocol.vocabulary import DiskId
@@ -39,8 +41,9 @@ class _Replicated:
 class Demo:
     """One run. Raises DemoFault for whatever goes wrong before the comparison."""
 
-    def __init__(self, places: Places, view: ProgressView, *, size_bytes: int) -> None:
+    def __init__(self, places: Places, store: DemoStore, view: ProgressView, *, size_bytes: int) -> None:
         self._places = places
+        self._store = store
         self._view = view
         self._size_bytes = size_bytes
 
@@ -55,7 +58,8 @@ class Demo:
         await _blocking(image.make)
         await _blocking(copy_sparse, self._places.disk_image, self._places.source(1))
         async with Programs(self._places.logs) as programs:
-            async with Line(self._places, programs) as line:
+            await self._store.start(programs)
+            async with Line(self._places, self._store, programs) as line:
                 replicated, changes = await self._replicate(line, image)
                 notice("stopping all servers; from here on there are only the store and a key file")
                 await line.stop()
@@ -63,7 +67,8 @@ class Demo:
                 await self._recover(programs, image, number, replicated.disk, point)
                 for number, point in enumerate(replicated.points, start=1)
             ]
-        stored_bytes = sum(path.stat().st_size for path in self._places.store.rglob("*") if path.is_file())
+            stored_bytes = await self._store.stored_bytes()
+            await self._store.stop(programs)
         return DemoResult(
             disk=replicated.disk,
             image_kind=image.kind,
@@ -75,7 +80,9 @@ class Demo:
             rpo_seconds=replicated.rpo_seconds,
             stored_bytes=stored_bytes,
             seconds=time.monotonic() - started,
-            store=self._places.store_url,
+            store=self._store.url,
+            store_credentials=self._store.recovery_credentials,
+            store_start_command=self._store.start_command,
             recovery_key=self._places.recovery_key,
         )
 
@@ -130,9 +137,11 @@ class Demo:
             if told.get("step") == "recover":
                 self._view.show(f"recovery of point {number}", told["done_bytes"], told["total_bytes"])
 
+        credentials = self._store.recovery_credentials
         lines = await programs.call(
             "farpoint",
-            *("recover", "--store", self._places.store_url, "--recovery-key", self._places.recovery_key),
+            *("recover", "--store", self._store.url, "--recovery-key", self._places.recovery_key),
+            *(() if credentials is None else ("--store-credentials-file", credentials)),
             *("--disk", disk, "--point", point.point, "--to", target, "--json"),
             on_line=show,
         )

@@ -45,3 +45,11 @@ class ImageToolFailed(DemoFault):
 
     code = "demo-tool-failed"
     message = "{tool} ended with status {status}: {text}"
+
+
+class AzuriteMissing(DemoFault):
+    """Fields: reason."""
+
+    code = "demo-azurite-missing"
+    message = "Azurite, the Azure Blob emulator, is not here: {reason}"
+    hint = "`make demo ARGS=--azurite` installs it by itself; without --azurite the demo needs none."

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
 from farpoint.demo.measures import Counts, answers, counted
+from farpoint.demo.places import Places
 from farpoint.demo.programs import HOST, Program, Programs, free_port
+from farpoint.demo.stores import DemoStore
 from protocol.control_errors import ServerUnreachable
 from protocol.operator_messages import DiskStatus, RecoveryPointStatus
 from protocol.transport.control_client import OperatorClient
@@ -35,56 +36,12 @@ CLOCK_SLACK_NS: Final = 10**8
 """A tick of the server's clock may be ahead by so much of what this process reads off its own."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
-    """Where the demo's things lie. store, keys and the images are what `--keep` keeps."""
-
-    root: Path
-
-    @property
-    def disk_image(self) -> Path:
-        return self.state / "disk.img"
-
-    @property
-    def state(self) -> Path:
-        return self.root / "state"
-
-    @property
-    def logs(self) -> Path:
-        return self.root / "logs"
-
-    @property
-    def store(self) -> Path:
-        return self.root / "store"
-
-    @property
-    def store_url(self) -> str:
-        return self.store.absolute().as_uri()
-
-    @property
-    def keys(self) -> Path:
-        return self.root / "keys"
-
-    @property
-    def recovery_key(self) -> Path:
-        return self.keys / "recovery-1.key"
-
-    def source(self, number: int) -> Path:
-        return self.root / f"source-{number}.img"
-
-    def recovered(self, number: int) -> Path:
-        return self.root / f"recovered-{number}.img"
-
-    def make(self) -> None:
-        for path in (self.state, self.logs, self.keys):
-            path.mkdir(mode=0o700, parents=True)
-
-
 class Line:
     """A context. Raised by `raise_up`, taken down by `stop`; what `stop` did not end, `Programs` does."""
 
-    def __init__(self, places: Places, programs: Programs) -> None:
+    def __init__(self, places: Places, store: DemoStore, programs: Programs) -> None:
         self._places = places
+        self._store = store
         self._programs = programs
         self._operator: OperatorClient | None = None
         self._running: list[Program] = []
@@ -174,7 +131,8 @@ class Line:
         keys = self._places.keys
         await self._programs.call(
             "farpoint",
-            *("vault", "init", "--store", self._places.store_url),
+            *("vault", "init", "--store", self._store.url),
+            *_given("--store-credentials-file", self._store.owner_credentials),
             *("--recovery-key", self._places.recovery_key, "--recovery-key", keys / "recovery-2.key"),
             *("--authority-key", self._places.state / "vault-authority.key"),
         )
@@ -201,11 +159,14 @@ class Line:
         await self._wait("the configuration server", START_SECONDS_MAX, self._answers, on_poll=None)
 
     async def _start_process_server(self) -> None:
-        await self._enroll("process-server", "process_server", "--set", f"store={self._places.store_url}")
+        credentials = self._store.process_server_credentials
+        store = ["--set", f"store={self._store.url}"]
+        store += [] if credentials is None else ["--set", f"store_credentials_file={credentials}"]
+        await self._enroll("process-server", "process_server", *store)
         self._running.append(
             await self._programs.start(
                 "process_server",
-                *("run", "--dir", self._state("process-server"), "--set", f"store={self._places.store_url}"),
+                *("run", "--dir", self._state("process-server"), *store),
                 *("--set", f"listen={HOST}:{self._data_port}", "--set", f"host={HOST}"),
                 *("--set", f"cache_bytes_max={CACHE_BYTES_MAX}", "--set", "segment_age_seconds_max=1"),
                 *("--set", f"observability.address={HOST}:{self._process_server_port}"),
@@ -266,3 +227,7 @@ class Line:
             if time.monotonic() > deadline:
                 self._programs.give_up(what, seconds)
             await asyncio.sleep(POLL_SECONDS)
+
+
+def _given(flag: str, path: Path | None) -> tuple[object, ...]:
+    return () if path is None else (flag, path)

@@ -94,11 +94,15 @@ class Programs:
 
     async def start(self, package: str, *arguments: object) -> Program:
         """Starts `python -m package arguments…`."""
-        log_path = self._log_directory / f"{package.replace('_', '-')}.log"
+        return await self.start_command(package.replace("_", "-"), _command(package, arguments))
+
+    async def start_command(self, name: str, command: Sequence[str]) -> Program:
+        """Starts any program; what it says goes to its log."""
+        log_path = self._log_directory / f"{name}.log"
         log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             process = await asyncio.create_subprocess_exec(
-                *_command(package, arguments),
+                *command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -107,7 +111,7 @@ class Programs:
             )
         finally:
             os.close(log)
-        program = Program(package.replace("_", "-"), process, log_path)
+        program = Program(name, process, log_path)
         self._running.append(program)
         return program
 

@@ -55,6 +55,10 @@ class DemoResult:
     stored_bytes: int
     seconds: float
     store: str
+    store_credentials: Path | None
+    """What the store needs to be read; None if nothing."""
+    store_start_command: str | None
+    """By which the store can be read again after the demo; None if nothing has to be started."""
     recovery_key: Path
 
     @property
@@ -71,6 +75,8 @@ class DemoResult:
             "disk": self.disk,
             "points": [point.point for point in self.recovered],
             "store": self.store,
+            "store_credentials_file": None if self.store_credentials is None else str(self.store_credentials),
+            "store_start_command": self.store_start_command,
             "recovery_key": str(self.recovery_key),
             "image": self.image_kind,
             "size_bytes": self.size_bytes,
