@@ -21,7 +21,7 @@ from rich.table import Table
 from benchmarks.stages import GIB, StageCost, measure, non_zero_bytes
 
 SIZE_TEXT_DEFAULT: Final = "2 GiB"
-INITIAL: Final = "initial replication"
+INITIAL: Final = "initial_replication"
 
 
 def run_demo(directory: Path, size: str) -> dict[str, Any]:
