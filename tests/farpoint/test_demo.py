@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from farpoint.__main__ import main
 from recovery.verification import images_are_identical
 from runtime.exit_codes import ExitCode
+from tests.azurite.server import require_azurite
 
 SIZE = "64 MiB"
 
@@ -68,6 +71,39 @@ def _assert_every_segment_is_guarded(kept: Path, result: dict[str, object]) -> N
     assert named >= len(segments) // 2
 
 
+def test_the_demo_on_azurite_recovers_both_points_and_says_how_to_read_its_store_again(tmp_path: Path) -> None:
+    require_azurite()
+    kept = tmp_path / "kept"
+    finished = subprocess.run(
+        demo("--azurite", "--keep", kept), capture_output=True, text=True, check=False, timeout=250
+    )
+    assert finished.returncode == ExitCode.OK, finished.stderr
+    result = json.loads(finished.stdout.splitlines()[-1])
+    assert result["identical"] is True
+    assert len(set(result["points"])) == 2
+    assert result["store"].startswith("azure://")
+    assert not _processes_naming(tmp_path)
+    assert not list(kept.rglob("*.seg")), "the copy shall lie in Azurite and nowhere else"
+    assert result["store_start_command"] in finished.stderr
+    vault_options = [
+        *("--store", result["store"], "--store-credentials-file", result["store_credentials_file"]),
+        *("--recovery-key", result["recovery_key"]),
+    ]
+    with subprocess.Popen(shlex.split(result["store_start_command"]), stdout=subprocess.PIPE, text=True) as azurite:
+        try:
+            assert azurite.stdout is not None
+            assert any("successfully listens" in line for line in azurite.stdout)
+            target = tmp_path / "again.img"
+            again = CliRunner().invoke(main, ["recover", *vault_options, "--disk", result["disk"], "--to", str(target)])
+            assert again.exit_code == ExitCode.OK, again.stderr
+        finally:
+            azurite.kill()
+    assert images_are_identical(target, kept / "source-2.img")
+    away = CliRunner().invoke(main, ["points", *vault_options])
+    assert away.exit_code == ExitCode.FAILURE
+    assert "Connect call failed" in away.stderr
+
+
 def test_the_demo_keeps_out_of_a_directory_that_is_not_its_own(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     refused = CliRunner().invoke(main, ["demo", "--keep", str(tmp_path)])
@@ -75,13 +111,18 @@ def test_the_demo_keeps_out_of_a_directory_that_is_not_its_own(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_an_interrupted_demo_leaves_no_process_and_no_directory(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("options", "programs"), [((), 3), (("--azurite",), 4)], ids=["directory", "azurite"])
+def test_an_interrupted_demo_leaves_no_process_and_no_directory(
+    tmp_path: Path, options: tuple[str, ...], programs: int
+) -> None:
+    if options:
+        require_azurite()
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(
-        demo(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        demo(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         deadline = time.monotonic() + 100
-        while len(_processes_naming(tmp_path)) < 3:
+        while len(_processes_naming(tmp_path)) < programs:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
