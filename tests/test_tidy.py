@@ -46,6 +46,7 @@ NOT_CORE = {
     "protocol.transport": "moves the bytes",
     "storage.backends": "speaks to the stores",
     "storage.disk_archive": "the one door: composes cores and a store",
+    "storage.parallel_reads": "runs several reads of a store at once",
     "storage.keys": "draws data keys from the operating system unless they are given",
     "storage.sealing": "keeps one compressor for each thread",
 }
