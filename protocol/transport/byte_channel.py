@@ -118,6 +118,7 @@ class ByteChannel(asyncio.BufferedProtocol):
         self._first_message_seconds_max = first_message_seconds_max
         self._idle_seconds_max = idle_seconds_max
         self._timer: asyncio.TimerHandle | None = None
+        self._expiry: asyncio.TimerHandle | None = None
         self._last_arrival = 0.0
         self._message_began: float | None = None
         self._is_first_message_due = True
@@ -135,6 +136,11 @@ class ByteChannel(asyncio.BufferedProtocol):
     def set_idle_seconds_max(self, seconds: float) -> None:
         self._idle_seconds_max = seconds
         self._arm_timer()
+
+    def give_up_after(self, seconds: float, error: ReplicationError) -> None:
+        """Ends the connection with `error` then, whatever it is doing."""
+        if self._end is None:
+            self._expiry = self._loop.call_later(max(0.0, seconds), self._give_up, error)
 
     async def send(self, message: Message, body: Sequence[Buffer] = ()) -> None:
         parts = [memoryview(part).cast("B") for part in body]
@@ -349,6 +355,8 @@ class ByteChannel(asyncio.BufferedProtocol):
         if self._end is not None:
             return
         self._end = error
+        if self._expiry is not None:
+            self._expiry.cancel()
         self._stop_receiving(error)
         self._wake_writer()
 

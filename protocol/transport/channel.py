@@ -1,6 +1,7 @@
 """`Channel`: whole messages between an agent and a process server over TLS; `connect` makes one, `listen` takes them.
 
-Invariants: a channel exists only after both certificates were verified and the peer's vault and role were found right;
+Invariants: a channel exists only after both certificates were verified and the peer's vault and role were found right,
+and no longer than the peer's certificate is valid (an expired one is on no list of revoked certificates any more);
 connections in the middle of their handshake are bounded in number and in time; a peer that is refused hears why.
 """
 
@@ -10,6 +11,7 @@ import asyncio
 import errno
 import functools
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
@@ -17,6 +19,7 @@ from typing_extensions import Buffer
 
 from protocol.errors import (
     CannotListen,
+    CertificateRefused,
     ConnectionLost,
     DeadlineExceeded,
     LimitExceeded,
@@ -27,7 +30,13 @@ from protocol.errors import (
 from protocol.messages import Message, Refusal
 from protocol.transport.buffers import BufferLease, BufferPool
 from protocol.transport.byte_channel import ByteChannel, Received
-from protocol.transport.tls import IdentityContext, certificate_serial_of, check_peer, identity_of
+from protocol.transport.tls import (
+    IdentityContext,
+    certificate_serial_of,
+    check_peer,
+    expiry_seconds_of,
+    identity_of,
+)
 from protocol.transport.tls_stream import TlsStream
 from protocol.vocabulary import PeerIdentity, Role
 
@@ -42,6 +51,7 @@ later."""
 ACCEPT_BACKLOG: Final = 128
 
 _log = logging.getLogger(__name__)
+_now_seconds = time.time
 
 
 class Channel(Protocol):
@@ -145,6 +155,8 @@ async def _open_channel(
     except NotPermitted as error:
         await _refuse(channel, error)
         raise
+    expired = CertificateRefused(subject=peer.uri, reason="it expired while it was connected")
+    channel.give_up_after(expiry_seconds_of(stream.ssl_object) - _now_seconds(), expired)
     return channel
 
 

@@ -124,6 +124,13 @@ def certificate_serial_of(ssl_object: ssl.SSLObject | ssl.SSLSocket) -> str:
     return str(certificate["serialNumber"]) if certificate else ""
 
 
+def expiry_seconds_of(ssl_object: ssl.SSLObject | ssl.SSLSocket) -> float:
+    """When the peer's certificate ends, in seconds since the Unix epoch."""
+    certificate = ssl_object.getpeercert()
+    assert certificate
+    return float(ssl.cert_time_to_seconds(str(certificate["notAfter"])))
+
+
 def check_peer(peer: PeerIdentity, *, own: PeerIdentity, expected_roles: frozenset[Role]) -> None:
     """Raises NotPermitted for a peer of another vault, or in a role that has no business here."""
     if peer.vault != own.vault:

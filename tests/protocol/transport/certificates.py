@@ -35,15 +35,15 @@ class Authority:
         self._directory = directory
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         self._key = ec.generate_private_key(ec.SECP256R1())
-        self._now = datetime.datetime.now(datetime.UTC)
+        self.now = datetime.datetime.now(datetime.UTC)
         certificate = (
             x509.CertificateBuilder()
             .subject_name(self._name)
             .issuer_name(self._name)
             .public_key(self._key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(self._now - 30 * DAY)
-            .not_valid_after(self._now + 30 * DAY)
+            .not_valid_before(self.now - 30 * DAY)
+            .not_valid_after(self.now + 30 * DAY)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .sign(self._key, hashes.SHA256())
         )
@@ -67,8 +67,8 @@ class Authority:
             .issuer_name(self._name)
             .public_key(key.public_key())
             .serial_number(serial)
-            .not_valid_before(self._now + valid_from)
-            .not_valid_after(self._now + valid_to)
+            .not_valid_before(self.now + valid_from)
+            .not_valid_after(self.now + valid_to)
         )
         if uris:
             names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri) for uri in uris])
@@ -88,11 +88,11 @@ class Authority:
         builder = (
             x509.CertificateRevocationListBuilder()
             .issuer_name(self._name)
-            .last_update(self._now - DAY)
-            .next_update(self._now + DAY)
+            .last_update(self.now - DAY)
+            .next_update(self.now + DAY)
         )
         for leaf in leaves:
-            revoked = x509.RevokedCertificateBuilder().serial_number(leaf.serial).revocation_date(self._now - DAY)
+            revoked = x509.RevokedCertificateBuilder().serial_number(leaf.serial).revocation_date(self.now - DAY)
             builder = builder.add_revoked_certificate(revoked.build())
         path = self._directory / "revoked.pem"
         path.write_bytes(builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))

@@ -258,6 +258,26 @@ def test_a_certificate_outside_its_time_is_refused(
     run(scenario)
 
 
+def test_a_connection_ends_with_the_certificate_that_made_it(
+    run: Run, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        failures = Failures()
+        leaf_end_seconds = (certificates.authority.now + DAY).timestamp()
+        async with serving(certificates.server(certificates.process_server), on_failed=failures) as listener:
+            monkeypatch.setattr("protocol.transport.channel._now_seconds", lambda: leaf_end_seconds - 1.2)
+            channel = await connect("127.0.0.1", listener.port, tls=certificates.client(certificates.agent))
+            await channel.send(TICK)
+            assert (await channel.receive()).message == TICK, "until then all is well"
+            with pytest.raises(ReplicationError) as caught:
+                await channel.receive()
+            ends = [str(caught.value), str(await failures.next())]
+            assert any("it expired while it was connected" in end for end in ends), "whichever side was first"
+            await channel.close()
+
+    run(scenario)
+
+
 def test_a_revoked_certificate_is_refused_from_the_next_connection_on(run: Run, certificates: Certificates) -> None:
     revoked = certificates.authority.issue(AGENT.uri, file_name="revoked-agent")
     revocation_list = certificates.authority.revoke(revoked)
