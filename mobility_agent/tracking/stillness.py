@@ -16,6 +16,9 @@ from typing import Final
 from mobility_agent.errors import NotProvedStill
 
 PROBE_BYTES: Final = 4096
+SHARED_FILE_SYSTEMS: Final = ("fuse", "virtiofs", "ocfs2")
+"""Types (and beginnings of them) whose files others may write from elsewhere, and whose leases hold only on this
+machine. Network file systems proper refuse leases, or ask their server."""
 _READ: Final = (2,)
 """Sectors read, in the kernel's block device statistics."""
 _WRITTEN: Final = (4, 6, 11, 13)
@@ -40,6 +43,9 @@ class LeaseProof:
         self._descriptor = descriptor
         self._lock = threading.Lock()
         self._is_held = True
+        kind = _file_system_type(os.fstat(descriptor).st_dev)
+        if kind.startswith(SHARED_FILE_SYSTEMS):
+            raise NotProvedStill(reason=f"a lease on {kind} does not keep writers elsewhere out")
         try:
             # why: SIGIO would end the process; SIGURG is ignored by default, and the state is polled anyway.
             fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
@@ -69,6 +75,21 @@ class LeaseProof:
             # why: EAGAIN says that the kernel has taken the lease away already.
             if error.errno != errno.EAGAIN:
                 raise
+
+
+def _file_system_type(device: int) -> str:
+    """As the kernel names it; empty where the mount is not listed by its device (btrfs)."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for mount in _mounts():
+        fields, _, kind = mount.partition(" - ")
+        if fields.split()[2] == number:
+            return kind.split()[0]
+    return ""
+
+
+def _mounts() -> list[str]:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        return file.read().splitlines()
 
 
 class ExclusiveProof:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from mobility_agent.errors import (
     DiskVanished,
     NotProvedStill,
 )
+from mobility_agent.tracking import stillness
 from protocol.control import DiskKind
 
 MIB = 2**20
@@ -169,6 +171,26 @@ def test_a_file_that_is_open_for_writing_gives_no_lease(image: Path) -> None:
     disk.begin_stillness().end()
 
 
+@pytest.mark.parametrize("kind", ["fuse.sshfs", "fuse", "virtiofs", "ocfs2"])
+def test_a_file_that_others_may_write_from_elsewhere_is_never_proved_still(
+    image: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = image.stat().st_dev
+    mount = f"36 35 {os.major(device)}:{os.minor(device)} / /mnt rw,noatime shared:1 - {kind} host:/ rw"
+    monkeypatch.setattr(stillness, "_mounts", lambda: ["1 0 250:250 / / rw - ext4 /dev/vda rw", mount])
+    with pytest.raises(NotProvedStill) as caught:
+        LocalDisk(str(image), expected=None).begin_stillness()
+    assert kind in str(caught.value)
+
+
+def test_a_mapping_that_outlives_its_descriptor_gives_no_lease(image: Path) -> None:
+    with open(image, "r+b") as file:
+        mapping = mmap.mmap(file.fileno(), 0)
+    with mapping, pytest.raises(NotProvedStill):
+        LocalDisk(str(image), expected=None).begin_stillness()
+    LocalDisk(str(image), expected=None).begin_stillness().end()
+
+
 @pytest.mark.parametrize("how", ["open", "truncate"])
 def test_a_writer_breaks_the_lease_and_goes_on_at_once(image: Path, how: str) -> None:
     proof = LocalDisk(str(image), expected=None).begin_stillness()
@@ -214,8 +236,6 @@ def loop(tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_block_device_is_read_past_the_page_cache_and_known_by_its_marks(loop: str, tmp_path: Path) -> None:
-    import mmap
-
     disk = LocalDisk(loop, expected=None)
     buffer = memoryview(mmap.mmap(-1, MIB))
     disk.read_into(MIB, buffer)
