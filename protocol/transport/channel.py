@@ -253,10 +253,12 @@ class Listener:
     async def _serve(self, stream: _AcceptedStream) -> None:
         try:
             channel = await _open_channel(stream, tls=stream.context, roles=self._expected_roles, pool=self._pool)
+            self._pool.join()
             try:
                 await self._on_channel(channel)
             finally:
                 await channel.close()
+                self._pool.leave()
         except ReplicationError as error:
             self._on_failed(stream.peer, error)
         finally:

@@ -30,6 +30,7 @@ from protocol.errors import (
     ReplicationError,
     TlsFault,
 )
+from protocol.framing import encode_start
 from protocol.messages import Frame, Goodbye, Hello, Refusal, Tick
 from protocol.transport.channel import BufferPool, Channel, Listener, connect, listen
 from protocol.transport.tls import IdentityContext, client_context, server_context
@@ -254,6 +255,30 @@ def test_a_certificate_outside_its_time_is_refused(
         async with serving(certificates.server(stale_server), on_failed=failures) as listener:
             error = await first_error(listener, certificates.client(certificates.agent))
             assert isinstance(error, CertificateRefused)
+
+    run(scenario)
+
+
+def test_peers_that_never_finish_a_body_take_no_buffer_from_the_others(run: Run, certificates: Certificates) -> None:
+    table = extent_table([Extent(offset_bytes=0, length_bytes=4096)]).tobytes()
+
+    async def scenario() -> None:
+        pool = BufferPool(1)
+        async with serving(certificates.server(certificates.process_server), pool=pool) as listener:
+            context = certificates.client(certificates.agent)
+            slow = [await connect("127.0.0.1", listener.port, tls=context) for _ in range(3)]
+            for channel in slow:
+                channel._transport.write(encode_start(frame(4096)) + table)  # type: ignore[attr-defined]
+            quick = await connect("127.0.0.1", listener.port, tls=context)
+            for _ in range(3):
+                await quick.send(frame(4096), [table, bytes(4096)])
+                await quick.send(TICK)
+                assert (await quick.receive()).message == TICK
+            await quick.send(Goodbye(reason="done"))
+            await quick.receive()
+            for channel in (*slow, quick):
+                await channel.close()
+        assert pool.free == 1, "what the connections brought went with them"
 
     run(scenario)
 
