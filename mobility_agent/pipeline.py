@@ -14,10 +14,10 @@ from typing import Final
 import zstandard
 from typing_extensions import Buffer
 
-from mobility_agent.blocking import finished
 from mobility_agent.frame_buffers import BufferPair, FrameBuffers
 from mobility_agent.tracking.change_source import Round, SourceFrame
 from protocol.vocabulary import Compression
+from runtime.blocking import finished
 
 COMPRESSION_LEVEL: Final = 1
 COMPRESSED_SHARE_MAX: Final = 0.95

@@ -11,7 +11,6 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry
 
-from mobility_agent.blocking import blocking
 from mobility_agent.control_socket import control_socket
 from mobility_agent.disk_reader import open_local_disk
 from mobility_agent.machine_facts import this_machine
@@ -22,6 +21,7 @@ from protocol.control import AgentOrders, ProcessServerAddress
 from protocol.enrollment import AUTHORITY_FILE, CREDENTIALS_FILE
 from protocol.transport import channel, tls
 from protocol.transport.control_client import AgentControlClient
+from runtime.blocking import blocking
 from runtime.clock import SystemClock
 from runtime.local_directory import LocalDirectory
 from runtime.locks import exclusive_lock

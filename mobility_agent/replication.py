@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import structlog
 
-from mobility_agent.blocking import blocking
 from mobility_agent.core.replication import (
     Action,
     Event,
@@ -34,6 +33,7 @@ from protocol.control import DiskIdentity
 from protocol.errors import ConnectionLost, RefusedByPeer, ReplicationError
 from protocol.messages import Positions
 from protocol.vocabulary import DiskId
+from runtime.blocking import blocking
 
 STILLNESS_POLL_SECONDS: Final = 0.2
 """A writer that waits for a lease is let in after so long at most."""

@@ -12,7 +12,6 @@ from typing import Any, Final, Protocol
 
 from typing_extensions import Buffer
 
-from mobility_agent.blocking import blocking
 from mobility_agent.core.change_sets import ChangeSetBuilder
 from mobility_agent.core.replication import is_settled
 from mobility_agent.disk_history import DiskHistory
@@ -23,6 +22,7 @@ from mobility_agent.uplink import Connection
 from protocol.framing import body_bytes_of
 from protocol.messages import Frame
 from protocol.vocabulary import Bookmark, ChangeSetEnd, Compression, Consistency, PointId
+from runtime.blocking import blocking
 
 CURSOR_STRIDE_BYTES: Final = 16 * 2**30
 """A copy-in that finds nothing to send still states its cursor this often."""

@@ -14,7 +14,6 @@ from typing import Final
 
 import structlog
 
-from mobility_agent.blocking import blocking
 from mobility_agent.disk_history import forget_disk
 from mobility_agent.disk_ports import DiskPorts
 from mobility_agent.errors import AgentStateDamaged
@@ -44,6 +43,7 @@ from protocol.control import (
 )
 from protocol.errors import ReplicationError
 from protocol.vocabulary import FRAME_RAW_BYTES_MAX, DiskId
+from runtime.blocking import blocking
 from runtime.clock import Clock
 from runtime.directory import DurableDirectory
 

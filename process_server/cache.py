@@ -34,6 +34,7 @@ from process_server.cache_log import (
 from process_server.cache_records import DiskCheckpoint, encode_checkpoint, encode_file_ends
 from process_server.errors import CacheFull, CacheUnwritable
 from process_server.metrics import ProcessServerMetrics
+from runtime.blocking import blocking
 from runtime.directory import DurableDirectory
 from storage.frame_record import RECORD_BYTES_MAX
 
@@ -249,8 +250,9 @@ class Cache:
         finally:
             self._active_number = -1
 
-    def _run(self, call: Callable[[], Result]) -> asyncio.Future[Result]:
-        return asyncio.get_running_loop().run_in_executor(self._executor, call)
+    async def _run(self, call: Callable[[], Result]) -> Result:
+        # why: a cancelled writer's call goes on in its thread; nobody may close the file under it.
+        return await blocking(self._executor, call)
 
     def _gauge(self) -> None:
         self._metrics.cache_bytes.set(self.used_bytes)

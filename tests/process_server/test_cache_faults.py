@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import errno
 import random
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
+from process_server.cache import Cache
+from process_server.cache_log import RecordKind, cache_record
 from process_server.errors import CacheFormatNotSupported
+from process_server.metrics import ProcessServerMetrics
 from protocol.messages import OpenDisk
 from tests.process_server.faulty_directory import FaultyDirectory, PowerCutError
 from tests.process_server.memory_store import MemoryStore
@@ -232,3 +239,37 @@ async def test_a_cache_of_a_later_version_is_refused_at_start(tmp_path: Path) ->
         async with world.running():
             pass
     assert caught.group_contains(CacheFormatNotSupported)
+
+
+async def test_a_cancelled_append_ends_with_its_write_so_that_nobody_closes_the_file_under_it() -> None:
+    directory = FaultyDirectory()
+    loop, began, goes_on, is_held = asyncio.get_running_loop(), asyncio.Event(), threading.Event(), False
+
+    def hold(operation: str, name: str) -> OSError | None:
+        if is_held and operation == "write":
+            loop.call_soon_threadsafe(began.set)
+            goes_on.wait(10)
+        return None
+
+    directory.fail = hold
+    record = cache_record(RecordKind.SEGMENT_COMMITTED, DISK, 1, 1)
+    with ThreadPoolExecutor(2) as executor:
+        cache = Cache(
+            directory,
+            executor,
+            ProcessServerMetrics(CollectorRegistry()),
+            bytes_max=SMALL.cache_bytes_max,
+            file_bytes=SMALL.cache_file_bytes,
+        )
+        cache.start([], tuple)
+        await cache.append([record], has_frames=False)
+        is_held = True
+        async with asyncio.TaskGroup() as group:
+            appending = group.create_task(cache.append([record], has_frames=False))
+            await began.wait()
+            appending.cancel()
+            await asyncio.sleep(0)
+            assert not appending.done(), "the thread is writing"
+            goes_on.set()
+            await asyncio.wait([appending])
+        await cache.close()
