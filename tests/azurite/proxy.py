@@ -70,12 +70,17 @@ class FaultyProxy:
     """The header of BUSY and THROTTLED; none if empty."""
     choose: Callable[[Request], Fault] = lambda request: Fault.NONE
     requests: list[tuple[Request, Fault]] = field(default_factory=list)
-    created: list[str] = field(default_factory=list)
-    """Names for which the service said 201, whether anybody heard it or not."""
+    answers: list[tuple[Request, int]] = field(default_factory=list)
+    """What the service itself said, whether anybody heard it or not."""
 
     def of(self, method: str, name: str = "") -> list[Request]:
         """The requests of this method, to this object if it is given."""
         return [one for one, _ in self.requests if one.method == method and name in ("", one.name)]
+
+    @property
+    def created(self) -> list[str]:
+        """The names for which the service said so."""
+        return [request.name for request, status in self.answers if request.method == "PUT" and status == 201]
 
 
 @asynccontextmanager
@@ -134,8 +139,7 @@ async def _exchange(
         await _forward(head, body[: len(body) // 2], host, port, is_whole=False)
         return False
     reply = await _forward(head, body, host, port, is_whole=True)
-    if request.method == "PUT" and reply.split(b" ", 2)[1] == b"201":
-        proxy.created.append(request.name)
+    proxy.answers.append((request, int(reply.split(b" ", 2)[1])))
     return await _answer(fault, reply, writer, over)
 
 
