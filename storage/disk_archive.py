@@ -106,9 +106,13 @@ async def create_vault_object(store: ObjectStore, vault: VaultId, vault_json: by
     name = str(VaultName(vault=vault))
     try:
         await store.create(name, [vault_json])
-    except ObjectExists:
-        if await store.read(name, end_byte=VAULT_BYTES_MAX + 1) != vault_json:
-            raise
+    except (ObjectExists, StoreOutcomeUnknown) as doubt:
+        try:
+            stored = await store.read(name, end_byte=VAULT_BYTES_MAX + 1)
+        except ObjectNotFound:
+            raise doubt from None
+        if stored != vault_json:
+            raise ObjectExists(url=store.url, name=name) from doubt
 
 
 async def read_vault_of(store: ObjectStore, key: RecoveryKey) -> VaultDescription:

@@ -46,7 +46,7 @@ from storage.errors import (
 )
 from storage.history import UPLOADS_IN_FLIGHT_MAX
 from storage.keys import create_vault
-from storage.object_names import MachineName, PointName, SegmentName
+from storage.object_names import MachineName, PointName, SegmentName, VaultName
 from storage.sealing import FrameOpener
 from storage.segment import NO_TRAILER_HASH
 from tests.storage.memory_store import MemoryStore
@@ -709,6 +709,18 @@ class TestVault:
         other = create_vault(vault=VAULT, created_ns=1, recovery_labels=("one",))
         with pytest.raises(ObjectExists):
             await create_vault_object(store, VAULT, other.vault_json)
+
+    async def test_a_vaults_lost_reply_is_settled(self, archive: DiskArchive, store: MemoryStore) -> None:
+        """Or its keys would be thrown away, and a vault be left that nobody can open."""
+        vault = new_vault()
+        store.lost_replies.add(str(VaultName(vault=VAULT)))
+        await create_vault_object(store, VAULT, vault.vault_json)
+        assert await archive.read_vault() == vault.description
+
+    async def test_a_vaults_lost_request_is_told_as_unknown(self, store: MemoryStore) -> None:
+        store.lost_requests.add(str(VaultName(vault=VAULT)))
+        with pytest.raises(StoreOutcomeUnknown):
+            await create_vault_object(store, VAULT, new_vault().vault_json)
 
     async def test_a_store_without_the_vault_is_told_so(self, archive: DiskArchive, store: MemoryStore) -> None:
         with pytest.raises(NotAVault):
