@@ -1,0 +1,100 @@
+"""This machine's Debian as one that may be spoiled: its root below an overlay, in name spaces of its own.
+
+Invariant: nothing that runs in it changes a file of this machine, opens a port of it, or outlives the call. What it
+writes lies in the upper directory and is kept from call to call.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tests.deploy.needed_tools import not_here
+
+SHARED: Final = "/mnt"
+"""Where the shared directory is seen inside."""
+
+_BEGIN = """
+set -e
+mount --make-rprivate /
+mount -t overlay overlay -o lowerdir="$LOWER",upperdir="$UPPER",workdir="$WORK" "$ROOT"
+mount -t proc proc "$ROOT/proc"
+mount --rbind /dev "$ROOT/dev"
+mount --rbind /sys "$ROOT/sys"
+mount -t tmpfs tmpfs "$ROOT/tmp"
+mount -t tmpfs tmpfs "$ROOT/run"
+mount --bind "$SHARED" "$ROOT/mnt"
+ip link set lo up
+exec env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 HOME=/root \
+  DEBIAN_FRONTEND=noninteractive chroot "$ROOT" /bin/bash -c "$SCRIPT"
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThrowawayMachine:
+    """directory: holds it, 1 GiB and more when packages are installed. shared: what is seen under /mnt. below: what other
+    such machines have changed, the newest first."""
+
+    directory: Path
+    shared: Path
+    below: tuple[Path, ...] = ()
+
+    @property
+    def upper(self) -> Path:
+        """What was changed in it."""
+        return self.directory / "upper"
+
+    def __post_init__(self) -> None:
+        for name in ("upper", "work", "root"):
+            (self.directory / name).mkdir(parents=True)
+
+    def run(self, script: str) -> str:
+        """Runs a bash script in it as root, `set -euo pipefail`: what it says. Fails the test if the script fails."""
+        environment = os.environ | {
+            "LOWER": ":".join([*(str(path) for path in self.below), "/"]),
+            "UPPER": str(self.upper),
+            "WORK": str(self.directory / "work"),
+            "ROOT": str(self.directory / "root"),
+            "SHARED": str(self.shared),
+            "SCRIPT": f"set -euo pipefail\n{script}",
+        }
+        name_spaces = ["unshare", "--mount", "--net", "--ipc", "--uts", "--pid", "--fork", "--kill-child"]
+        done = subprocess.run(
+            [*name_spaces, "bash", "-c", _BEGIN],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert done.returncode == 0, f"{script}\n--- said:\n{done.stdout}"
+        return done.stdout
+
+    def changed(self, *, apart_from: tuple[str, ...] = ()) -> Iterator[str]:
+        """Every path that differs from this machine's (made, altered or removed), apart from those below the given."""
+        for folder, _, files in os.walk(self.upper):
+            for name in files:
+                path = "/" + os.path.relpath(os.path.join(folder, name), self.upper)
+                if not path.startswith(apart_from):
+                    yield path
+
+    def folders(self) -> Iterator[str]:
+        """Every directory that this machine does not have."""
+        for folder, _, _ in os.walk(self.upper):
+            path = "/" + os.path.relpath(folder, self.upper)
+            if not os.path.isdir(path):
+                yield path
+
+
+def need_throwaway_machine(directory: Path) -> None:
+    """Goes on only where one can be made: root, name spaces, overlay."""
+    if os.geteuid() != 0:
+        not_here("must be root to install packages into a throwaway machine")
+    probe = ThrowawayMachine(directory=directory, shared=directory)
+    try:
+        probe.run("true")
+    except AssertionError as error:
+        not_here(f"no throwaway machine can be made here: {error}")
