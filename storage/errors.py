@@ -59,7 +59,7 @@ class StoreCredentialRefused(StoreNotPermitted):
     code = "store-credential-refused"
     hint = (
         "Check the key or the shared access signature: its account, its container, when it begins and ends; "
-        "and this machine's clock. A program reads its credentials when it starts."
+        "and this machine's clock. A signature in a file may be replaced while programs run; a key may not."
     )
 
 

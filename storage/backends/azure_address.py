@@ -7,7 +7,6 @@ Invariants: a secret is never part of the URL, of an error, or of a `repr`; with
 from __future__ import annotations
 
 import base64
-import binascii
 import datetime
 import ipaddress
 import re
@@ -23,6 +22,7 @@ from azure.core.credentials_async import AsyncTokenCredential
 from protocol.errors import InvalidValue
 from runtime.errors import SecretUnreadable
 from runtime.secrets import read_secret
+from storage.backends.azure_signature import SignatureInFile
 from storage.backends.object_store import check_object_name
 from storage.errors import StoreUrlInvalid
 
@@ -70,10 +70,14 @@ def read_address(url: str, *, credentials_file: Path | None, environment: Mappin
     private one).
 
     credentials_file holds a connection string, an account key, or a shared access signature. Without it the variables
-    AZURE_STORAGE_CONNECTION_STRING, AZURE_STORAGE_SAS_TOKEN, AZURE_STORAGE_KEY count, in this order.
+    AZURE_STORAGE_CONNECTION_STRING, AZURE_STORAGE_SAS_TOKEN, AZURE_STORAGE_KEY count, in this order. A signature in
+    a file is read again when the file changes, another secret is not.
     Raises StoreUrlInvalid, SecretMissing or SecretUnreadable.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise StoreUrlInvalid(url="…", reason="what follows its slashes is no part of a URL") from error
     url = _without_query(parts)
     options = parse_qs(parts.query)
     if set(options) - {"endpoint"} or parts.fragment or "@" in parts.netloc:
@@ -87,7 +91,7 @@ def read_address(url: str, *, credentials_file: Path | None, environment: Mappin
     endpoint = (options.get("endpoint") or [_endpoint(account, connection)])[0].rstrip("/")
     _check_endpoint(url, endpoint)
     if is_connection_string:
-        secret = connection.get("ACCOUNTKEY") or connection.get("SHAREDACCESSSIGNATURE", "")
+        secret = _secret_of(connection)
     if not secret and not endpoint.startswith("https:"):
         reason = "its endpoint has no TLS, and takes a key or a shared access signature only; none was given"
         raise StoreUrlInvalid(url=url, reason=reason)
@@ -96,7 +100,7 @@ def read_address(url: str, *, credentials_file: Path | None, environment: Mappin
         container=container,
         prefix=prefix,
         endpoint=endpoint,
-        credential=_credential(account, secret, origin) if secret else None,
+        credential=_credential(account, secret, origin, credentials_file) if secret else None,
     )
 
 
@@ -120,9 +124,12 @@ def _names(url: str, parts: SplitResult) -> tuple[str, str, str]:
 def _read_secret_text(credentials_file: Path | None, environment: Mapping[str, str]) -> tuple[str, str]:
     if credentials_file is not None:
         try:
-            return read_secret(credentials_file).decode("ascii").strip(), str(credentials_file)
+            text = read_secret(credentials_file).decode("ascii").strip()
         except UnicodeDecodeError as error:
             raise SecretUnreadable(path=credentials_file, reason="it is not text") from error
+        if not text:
+            raise SecretUnreadable(path=credentials_file, reason="it is empty")
+        return text, str(credentials_file)
     for variable in (CONNECTION_STRING_VARIABLE, SIGNATURE_VARIABLE, KEY_VARIABLE):
         if environment.get(variable):
             return environment[variable].strip(), f"environment {variable}"
@@ -136,6 +143,24 @@ def _connection_settings(text: str, origin: str) -> dict[str, str]:
     return {key.strip().upper(): value for key, _, value in pairs}
 
 
+def _secret_of(connection: Mapping[str, str]) -> str:
+    return connection.get("ACCOUNTKEY") or connection.get("SHAREDACCESSSIGNATURE", "")
+
+
+def _signature_in(path: Path) -> str:
+    """Of a credentials file. Raises SecretMissing, and SecretUnreadable also for a file that holds another secret."""
+    secret, origin = _read_secret_text(path, {})
+    if "SharedAccessSignature=" in secret:
+        secret = _secret_of(_connection_settings(secret, origin))
+    if not _is_signature(secret):
+        raise SecretUnreadable(path=path, reason="it holds no shared access signature")
+    return secret.removeprefix("?")
+
+
+def _is_signature(secret: str) -> bool:
+    return "sig=" in secret
+
+
 def _endpoint(account: str, connection: Mapping[str, str]) -> str:
     if "BLOBENDPOINT" in connection:
         return connection["BLOBENDPOINT"]
@@ -145,8 +170,12 @@ def _endpoint(account: str, connection: Mapping[str, str]) -> str:
 
 
 def _check_endpoint(url: str, endpoint: str) -> None:
-    parts = urlsplit(endpoint)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or "@" in parts.netloc:
+    try:
+        parts = urlsplit(endpoint)
+        is_port = parts.port != 0
+    except ValueError as error:
+        raise StoreUrlInvalid(url=url, reason="its endpoint must be an https URL without a query") from error
+    if not is_port or parts.scheme not in ("http", "https") or not parts.hostname or parts.query or "@" in parts.netloc:
         raise StoreUrlInvalid(url=url, reason="its endpoint must be an https URL without a query")
     if parts.scheme == "http" and not _is_this_machine(parts.hostname):
         raise StoreUrlInvalid(url=url, reason=f"its endpoint at {parts.hostname} must be https")
@@ -159,12 +188,14 @@ def _is_this_machine(host: str) -> bool:
         return host == "localhost"
 
 
-def _credential(account: str, secret: str, origin: str) -> AzureCredential:
-    if "sig=" in secret:
+def _credential(account: str, secret: str, origin: str, file: Path | None) -> AzureCredential:
+    if _is_signature(secret) and file is not None:
+        return SignatureInFile(file, lambda: _signature_in(file))
+    if _is_signature(secret):
         return AzureSasCredential(secret.removeprefix("?"))
     try:
         base64.b64decode(secret, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         reason = "it is neither a connection string nor a shared access signature nor an account key"
         raise SecretUnreadable(path=origin, reason=reason) from error
     return AzureNamedKeyCredential(account, secret)

@@ -75,7 +75,7 @@ class AzureBlobStore:
         """Connects to nothing: a missing container shows at the first call. Needs a running event loop."""
         self._prefix = address.prefix
         self.url = address.url
-        self._signature_end = address.signature_end
+        self._address = address
         self._identity = DefaultAzureCredential() if address.credential is None else None
         self._container = ContainerClient(
             address.endpoint,
@@ -218,8 +218,9 @@ class AzureBlobStore:
         """Of a credential that is none here (any more), or of one that may not do this."""
         if not error.status_code:
             return StoreCredentialRefused(**fields | {"reason": "no Azure credential was found, or none that is good"})
-        if self._signature_end is not None and self._signature_end < datetime.datetime.now(datetime.UTC):
-            ended = f"the shared access signature ended at {self._signature_end:%Y-%m-%dT%H:%M:%SZ}"
+        end = self._address.signature_end
+        if end is not None and end < datetime.datetime.now(datetime.UTC):
+            ended = f"the shared access signature ended at {end:%Y-%m-%dT%H:%M:%SZ}"
             return StoreCredentialRefused(**fields | {"reason": ended})
         if error.status_code == 401 or code in _CODES_CREDENTIAL_REFUSED:
             return StoreCredentialRefused(**fields)

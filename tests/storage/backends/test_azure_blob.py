@@ -138,6 +138,19 @@ async def test_a_signature_that_has_ended_is_told_with_its_end(azurite: Azurite,
         assert re.search(r"signature ended at 20\d\d-", await refused(store, StoreCredentialRefused))
 
 
+async def test_a_signature_that_ends_is_replaced_in_its_file_while_the_store_is_open(
+    azurite: Azurite, container: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "credentials"
+    file.write_text(azurite.signed_connection_string(container, permissions="rcl", lifetime=-HOUR))
+    address = read_address(f"azure://{ACCOUNT}/{container}", credentials_file=file, environment={})
+    async with opened(address) as store:
+        await refused(store, StoreCredentialRefused)
+        file.write_text(azurite.signed_connection_string(container, permissions="rcl", lifetime=HOUR))
+        await store.create("a", [b"x"])
+        assert await store.read("a") == b"x"
+
+
 async def test_a_signature_for_another_container_is_not_permitted(azurite: Azurite, container: str) -> None:
     signature = container_signature("another", permissions="rcl", lifetime=HOUR)
     async with opened(address_of(azurite, container, AZURE_STORAGE_SAS_TOKEN=signature)) as store:

@@ -66,7 +66,7 @@ def test_a_credentials_file_holds_any_of_the_three_kinds(tmp_path: Path) -> None
     ):
         file.write_text(f"{text}\n")
         address = read("azure://backups/vault", file, AZURE_STORAGE_KEY="unused")
-        assert type(address.credential) is kind
+        assert isinstance(address.credential, kind)
         assert "secret" not in repr(address)
         assert KEY not in repr(address)
 
@@ -122,7 +122,7 @@ def test_an_endpoint_without_tls_is_taken_on_this_machine_only(endpoint: str) ->
     assert read("azure://backups/vault?endpoint=http://[::1]:1/", AZURE_STORAGE_KEY=KEY).endpoint == "http://[::1]:1"
 
 
-@pytest.mark.parametrize("contents", [b"not base64!", b"AccountName=backups;garbage", b"\xff\xfe", b"%%%"])
+@pytest.mark.parametrize("contents", [b"not base64!", b"AccountName=backups;garbage", b"\xff\xfe", b"%%%", b"", b"\n"])
 def test_a_credentials_file_that_holds_something_else_is_named_without_its_contents(
     tmp_path: Path, contents: bytes
 ) -> None:
@@ -156,3 +156,24 @@ def test_a_local_store_is_opened_without_importing_anything_of_azure(tmp_path: P
 def test_a_signature_says_when_it_ends(signature: str, end: str | None) -> None:
     found = read("azure://backups/vault", AZURE_STORAGE_SAS_TOKEN=signature).signature_end
     assert (found.isoformat() if found else None) == end
+
+
+def test_a_signature_in_a_file_is_another_when_the_file_is(tmp_path: Path) -> None:
+    file = tmp_path / "credentials"
+    file.write_text("sv=1&se=2026-01-01&sig=first\n")
+    address = read("azure://backups/vault", file)
+    assert isinstance(address.credential, AzureSasCredential)
+    for text, expected in (
+        ("sv=1&se=2027-01-01&sig=second", "sv=1&se=2027-01-01&sig=second"),
+        ("", "sv=1&se=2027-01-01&sig=second"),
+        (CONNECTION, "sv=1&se=2027-01-01&sig=second"),
+        ("AccountName=backups;SharedAccessSignature=?sv=1&se=2028-01-01&sig=third", "sv=1&se=2028-01-01&sig=third"),
+    ):
+        replacement = tmp_path / "new"
+        replacement.write_text(text)
+        replacement.replace(file)
+        assert address.credential.signature == expected
+    file.unlink()
+    assert address.credential.signature == expected
+    assert address.signature_end is not None
+    assert address.signature_end.year == 2028
