@@ -169,7 +169,8 @@ class AgentHost(Host):
         async with asyncio.TaskGroup() as group:
             group.create_task(self._protect(service))
             await service.run()
-            self.service = None
+            if self.service is service:
+                self.service = None
 
     async def _protect(self, service: AgentService) -> None:
         for disk in self.world.disks:
@@ -274,4 +275,6 @@ class ProcessServerHost(Host):
             try:
                 await service.run()
             finally:
-                self.service, self._group = None, None
+                # why: a killed process is still unwound while its successor runs already.
+                if self.service is service:
+                    self.service, self._group = None, None

@@ -36,3 +36,8 @@ def test_what_a_killed_process_server_had_not_synchronized_is_made_durable_befor
 @pytest.mark.parametrize("seed", [5691])
 def test_a_process_server_with_a_full_cache_drains_and_stops(seed):
     assert run_seed(seed).violations == []
+
+
+@pytest.mark.parametrize("seed", [40066, 40069])
+def test_a_killed_process_that_is_still_unwound_takes_nothing_from_its_successor(seed):
+    assert run_seed(seed).violations == []
