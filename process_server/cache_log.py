@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy
 from blake3 import blake3
 from typing_extensions import Buffer
 
@@ -44,6 +45,7 @@ HEADER_BYTES: Final = _HEADER.size
 ROW_BYTES: Final = _ROW.size
 
 _LOCATION: Final = struct.Struct("<QQI16s")
+_LOCATION_DTYPE: Final = numpy.dtype([("file_number", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("digest", "V16")])
 _FILE_NAME_DIGITS: Final = 16
 
 
@@ -62,6 +64,9 @@ class RecordKind(enum.IntEnum):
     """Payload: a ClosedSegmentRecord. Durable before the first attempt to upload the segment."""
     SEGMENT_COMMITTED = 6
     """The segment is readable in the store. Durable before any of its files is removed."""
+
+
+_KINDS: Final = frozenset(RecordKind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +126,11 @@ class LocationTable:
     def cut(self, count: int) -> None:
         """Keeps the first `count`."""
         del self._packed[count * _LOCATION.size :]
+
+    def digests(self, count: int) -> bytes:
+        """Of the first `count`, one behind the other; of all if there are fewer."""
+        rows = numpy.frombuffer(self._packed, dtype=_LOCATION_DTYPE)
+        return rows["digest"][:count].tobytes()
 
     def __len__(self) -> int:
         return len(self._packed) // _LOCATION.size
@@ -236,6 +246,8 @@ def read_batch_header(data: memoryview, *, file_number: int, batch_number: int) 
     if magic != _MAGIC:
         return None
     if version != CACHE_VERSION:
+        if batch_number:
+            return None  # damage: a file is of one version
         raise CacheFormatNotSupported(name=file_name(file_number), version=version, supported=CACHE_VERSION)
     if (found_file, found_batch) != (file_number, batch_number):
         return None
@@ -248,7 +260,7 @@ def read_batch_header(data: memoryview, *, file_number: int, batch_number: int) 
 
 def read_rows(header: BatchHeader, data: memoryview, *, offset_bytes: int) -> list[LocatedRecord] | None:
     """The records of a batch whose header and rows are `data`, None if they do not check out. Payloads are not looked
-    at.
+    at. Raises CacheFormatNotSupported for records that this version does not know.
     """
     if len(data) < header.rows_end_bytes:
         return None
@@ -260,6 +272,9 @@ def read_rows(header: BatchHeader, data: memoryview, *, offset_bytes: int) -> li
     for number in range(header.rows):
         kind, length, disk, epoch, ordinal, digest = _ROW.unpack_from(data, HEADER_BYTES + ROW_BYTES * number)
         location = Location(file_number=header.file_number, offset_bytes=place, length_bytes=length, digest=digest)
+        if kind not in _KINDS:
+            version = f"{CACHE_VERSION} with a record of kind {kind}"
+            raise CacheFormatNotSupported(name=file_name(header.file_number), version=version, supported=CACHE_VERSION)
         records.append(
             LocatedRecord(
                 batch_number=header.batch_number,

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import msgpack  # type: ignore[import-untyped]
+import numpy
 from typing_extensions import Buffer
 
 from process_server.cache_log import LocatedRecord, file_name
 from process_server.errors import CacheDamaged
 from protocol.errors import InvalidValue
 from protocol.vocabulary import Consistency, DiskId, PointId, check_identifier, check_range
+from storage.frame_record import HEAD_BYTES, HEAD_DTYPE
 
 _U32: Final = struct.Struct("<I")
 
@@ -68,6 +70,11 @@ class ClosedSegmentRecord:
     header: bytes
     end: bytes
 
+    def frame_digests(self) -> bytes:
+        """What the rows of its frames carry, in the order of its index, one behind the other."""
+        heads = numpy.frombuffer(self.end, dtype=HEAD_DTYPE, count=self.frames)
+        return heads["head_digest"].tobytes()
+
     def without_bytes(self) -> ClosedSegmentRecord:
         """The same without header and end, which stay in the cache until the upload."""
         return dataclasses.replace(self, header=b"", end=b"")
@@ -80,12 +87,15 @@ def encode_file_ends(file_ends: dict[int, int]) -> bytes:
 
 def decode_file_ends(data: Buffer, name: str) -> dict[int, int]:
     """Raises CacheDamaged."""
-    ends: dict[int, int] = {}
-    for number, end_bytes in _unpack(data, name):
-        ends[check_range(number, "file number", low=0, high=2**63 - 1)] = check_range(
-            end_bytes, "file end", low=0, high=2**63 - 1
-        )
-    return ends
+    try:
+        return {
+            check_range(number, "file number", low=0, high=2**63 - 1): check_range(
+                end_bytes, "file end", low=0, high=2**63 - 1
+            )
+            for number, end_bytes in _unpack(data, name)
+        }
+    except (TypeError, ValueError, InvalidValue) as error:
+        raise CacheDamaged(name=name, reason=f"a checkpoint is malformed: {error}") from error
 
 
 def encode_checkpoint(checkpoint: DiskCheckpoint) -> bytes:
@@ -153,7 +163,7 @@ def decode_closed(data: Buffer, name: str) -> ClosedSegmentRecord:
             view[_U32.size : facts_end], name
         )
         return ClosedSegmentRecord(
-            frames=frames,
+            frames=check_range(frames, "frames", low=1, high=(len(view) - facts_end - header_bytes) // HEAD_BYTES),
             first_sequence=first_sequence,
             last_sequence=last_sequence,
             copy_in_cursor_bytes=cursor,

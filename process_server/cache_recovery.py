@@ -42,11 +42,8 @@ class CachedSegment:
     frames: LocationTable = field(default_factory=LocationTable)
     closed: ClosedSegmentRecord | None = None
     closed_location: Location | None = None
-
-    @property
-    def is_whole(self) -> bool:
-        """Nothing that belongs to it is missing."""
-        return self.closed is None or len(self.frames) >= self.closed.frames
+    is_whole: bool = True
+    """No frame of it is missing. Known once it is closed: of a segment in work only the frames themselves tell."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -153,6 +150,8 @@ class Replay:
         points = replayed.position.unreported_points
         if segment is not None:
             segment.closed = closed.without_bytes()
+            # why: frames behind its last whole change set lie in the cache too; their number alone tells of no gap.
+            segment.is_whole = segment.frames.digests(closed.frames) == closed.frame_digests()
             segment.closed_location = record.location
             segment.files.add(record.location.file_number)
         else:

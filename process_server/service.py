@@ -264,8 +264,7 @@ class ProcessServer:
             part = locations[first : first + RECOVERY_FRAMES_AT_ONCE]
             read = await self._cache.read(RecordKind.FRAME, part)
             for location, payload in zip(part, read.payloads, strict=True):
-                frames.add(parse_frame_record(payload).entry)
-                frames.locations.append(location)
+                frames.add_recovered(parse_frame_record(payload).entry, location, recovered.work.opening)
             self._cache.give_back(read)
         return frames
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from process_server.cache_log import LocationTable
+from process_server.cache_log import Location, LocationTable, file_name
 from process_server.cache_records import CachedPoint, ClosedSegmentRecord
 from process_server.core.segmenting import SegmentGauge
+from process_server.errors import CacheDamaged
 from process_server.sealer import SegmentSealing
 from storage.frame_record import FrameEntry
 from storage.segment import SegmentHeader, SegmentOpening, finish_segment
@@ -52,6 +53,20 @@ class SegmentFrames:
                 consistency=head.end.consistency,
             )
             self.points.append(point)
+
+    def add_recovered(self, entry: FrameEntry, location: Location, opening: SegmentOpening) -> None:
+        """The next frame as a restart finds it. Raises CacheDamaged unless it follows the one before it: bytes between
+        them are lost."""
+        expected = (opening.first_sequence, 0)
+        if self.entries:
+            last = self.entries[-1].head
+            expected = (last.sequence + 1, 0) if last.is_last else (last.sequence, last.frame_number + 1)
+        found = (entry.head.sequence, entry.head.frame_number)
+        if found != expected:
+            reason = f"change set {found[0]} frame {found[1]} lies where {expected[0]} frame {expected[1]} was written"
+            raise CacheDamaged(name=file_name(location.file_number), reason=reason)
+        self.add(entry)
+        self.locations.append(location)
 
 
 @dataclass(slots=True, kw_only=True)

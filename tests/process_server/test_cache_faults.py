@@ -210,6 +210,27 @@ async def test_acknowledged_bytes_that_rot_in_the_cache_are_never_uploaded_and_c
     assert not history.damage
 
 
+async def test_a_damaged_batch_in_the_middle_of_the_segment_in_work_costs_its_disk_only(tmp_path: Path) -> None:
+    """One bit in a batch's header, in a file before the newest, once ended the process server at every start."""
+    world = await fresh_world(tmp_path)
+    world.limits = dataclasses.replace(world.limits, segment_stored_bytes_due=8 * MEBIBYTE, segment_age_seconds_max=5.0)
+    async with world.running() as running:
+        agent = await running.agent()
+        await agent.open()
+        for sequence in range(1, 21):
+            await agent.send_change_set(sequence, {sequence * 65536: random.Random(sequence).randbytes(20_000)})
+            await agent.until_durable(sequence)
+        await running.kill()
+    oldest, _newest = world.faulty.names()
+    contents = world.faulty.files[oldest].durable
+    batches = [place for place in range(0, len(contents), 4096) if contents[place : place + 4] == b"FPCB"]
+    contents[batches[4] + 20] ^= 1
+    async with world.running() as running:
+        agent = await running.agent()
+        opened = await agent.open(2, epoch=1, acknowledged=20)
+        assert (opened.epoch, opened.durable_sequence, opened.committed_sequence) == (1, 0, 0)
+
+
 def flip_last_frame(directory: FaultyDirectory) -> None:
     """One bit in the middle of the newest frame, which is far bigger than whatever lies behind it."""
     contents = directory.files[directory.names()[-1]].durable
