@@ -10,7 +10,15 @@ from __future__ import annotations
 import enum
 from typing import Annotated, Final, Literal, Protocol, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 from protocol.vocabulary import (
     DISK_SIZE_BYTES_MAX,
@@ -40,6 +48,13 @@ WAIT_SECONDS_MAX: Final = 60.0
 """The longest that a long poll may ask to be held."""
 BODY_BYTES_MAX: Final = 8 * 2**20
 """The largest body of a request or a reply."""
+BODY_VALUES_MAX: Final = 2**18
+"""The most values of a body: of the largest report it leaves three quarters for commas and brackets in texts.
+
+Half a KiB is kept for each value while it is validated, and as much for each fault: 8 MiB of `{}` once took ten GiB and
+a minute.
+"""
+FAULTS_TOLD_MAX: Final = 64
 NO_REVISION: Final = ""
 """What a program that has no orders yet waits from: answered at once."""
 
@@ -80,6 +95,20 @@ def _check_settled(value: Consistency) -> Consistency:
 
 
 SettledConsistency: TypeAlias = Annotated[Consistency, AfterValidator(_check_settled)]
+
+
+def has_too_many_values(body: bytes) -> bool:
+    """Whether a body may pass BODY_VALUES_MAX, and must not be parsed. Takes no memory."""
+    return sum(body.count(mark) for mark in (b",", b"{", b"[")) > BODY_VALUES_MAX
+
+
+def reason_of(error: ValidationError) -> str:
+    """The first rule that was broken, in at most DETAIL_LENGTH_MAX characters and without any value of the input."""
+    if error.error_count() > FAULTS_TOLD_MAX:
+        return f"{error.error_count()} of its fields break the rules of their message"
+    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    place = ".".join(str(part)[:NAME_LENGTH_MAX] for part in first["loc"])
+    return f"{place or 'it'}: {first['msg']}"[:DETAIL_LENGTH_MAX]
 
 
 class ControlMessage(BaseModel):
@@ -137,7 +166,7 @@ class DiskIdentity(ControlMessage):
     serial: Name | None = None
     partition_table: Name | None = None
     """UUID of the partition table (GPT) or the signature (MBR)."""
-    file_systems: Annotated[tuple[Name, ...], Field(max_length=FILE_SYSTEMS_PER_DISK_MAX)] = ()
+    file_systems: Annotated[tuple[Name, ...], FailFast(), Field(max_length=FILE_SYSTEMS_PER_DISK_MAX)] = ()
     """UUIDs of the file systems on it, sorted."""
     image_file: ImageFileIdentity | None = None
 
@@ -215,7 +244,7 @@ class AgentReport(ControlMessage):
     boot_id: Text
     agent_version: Text
     host: HostDescription
-    disks: Annotated[tuple[DiskReport, ...], Field(max_length=DISKS_PER_MACHINE_MAX)] = ()
+    disks: Annotated[tuple[DiskReport, ...], FailFast(), Field(max_length=DISKS_PER_MACHINE_MAX)] = ()
 
 
 class DiskOrder(ControlMessage):
@@ -234,7 +263,7 @@ class RevocationList(ControlMessage):
     """The certificates that are no longer good. A receiver keeps the highest number it ever saw and never goes back."""
 
     number: Annotated[int, Field(ge=0, le=2**63 - 1)]
-    serials: Annotated[tuple[CertificateSerial, ...], Field(max_length=REVOKED_MAX)] = ()
+    serials: Annotated[tuple[CertificateSerial, ...], FailFast(), Field(max_length=REVOKED_MAX)] = ()
 
 
 class AgentOrders(ControlMessage):
@@ -245,7 +274,7 @@ class AgentOrders(ControlMessage):
     """The tick of the server's clock. An agent marks a point with the last one that it received, unchanged."""
     heartbeat_seconds: Seconds
     renew_certificate: bool
-    disks: Annotated[tuple[DiskOrder, ...], Field(max_length=DISKS_PER_MACHINE_MAX)]
+    disks: Annotated[tuple[DiskOrder, ...], FailFast(), Field(max_length=DISKS_PER_MACHINE_MAX)]
     """Every disk of the machine that is to be protected. One that is missing here is no longer protected."""
     revoked: RevocationList
 
@@ -288,10 +317,12 @@ class ProcessServerReport(ControlMessage):
     port: Port
     cache_bytes: CountBytes
     cache_limit_bytes: CountBytes
-    positions: Annotated[tuple[DiskPosition, ...], Field(max_length=DISKS_PER_PROCESS_SERVER_MAX)] = ()
-    committed_points: Annotated[tuple[CommittedPoint, ...], Field(max_length=COMMITTED_POINTS_PER_REPORT_MAX)] = ()
-    completed_orders: Annotated[tuple[Identifier, ...], Field(max_length=ORDERS_PER_REPLY_MAX)] = ()
-    faults: Annotated[tuple[FaultReport, ...], Field(max_length=FAULTS_PER_REPORT_MAX)] = ()
+    positions: Annotated[tuple[DiskPosition, ...], FailFast(), Field(max_length=DISKS_PER_PROCESS_SERVER_MAX)] = ()
+    committed_points: Annotated[
+        tuple[CommittedPoint, ...], FailFast(), Field(max_length=COMMITTED_POINTS_PER_REPORT_MAX)
+    ] = ()
+    completed_orders: Annotated[tuple[Identifier, ...], FailFast(), Field(max_length=ORDERS_PER_REPLY_MAX)] = ()
+    faults: Annotated[tuple[FaultReport, ...], FailFast(), Field(max_length=FAULTS_PER_REPORT_MAX)] = ()
 
 
 class PublishPoint(ControlMessage):
@@ -323,10 +354,10 @@ class ProcessServerOrders(ControlMessage):
     now_ns: InstantNs
     heartbeat_seconds: Seconds
     renew_certificate: bool
-    grants: Annotated[tuple[Record, ...], Field(max_length=2 * DISKS_PER_PROCESS_SERVER_MAX)]
+    grants: Annotated[tuple[Record, ...], FailFast(), Field(max_length=2 * DISKS_PER_PROCESS_SERVER_MAX)]
     """Signed grants: per disk of this process server the current epoch's and one spare, the next epoch's."""
     revoked: RevocationList
-    orders: Annotated[tuple[ProcessServerOrder, ...], Field(max_length=ORDERS_PER_REPLY_MAX)]
+    orders: Annotated[tuple[ProcessServerOrder, ...], FailFast(), Field(max_length=ORDERS_PER_REPLY_MAX)]
 
 
 class CertificateRequest(ControlMessage):

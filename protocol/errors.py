@@ -22,7 +22,8 @@ class ReplicationError(Exception):
     message: ClassVar[str] = "replication failed"
     hint: ClassVar[str] = ""
 
-    def __init__(self, **fields: object) -> None:
+    def __init__(self, /, **fields: object) -> None:
+        # why positional only: a refusal of another version may have a field of any name, "self" too.
         self.fields = fields
         super().__init__(self.message.format_map(fields))
 

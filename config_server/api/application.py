@@ -20,6 +20,7 @@ from config_server.api.openapi import openapi_document
 from config_server.api.problems import problem_response
 from config_server.api.routes import ACCESS_OF_ROLE, MEMBERS, ROUTES, Access, Call, Caller, Rooms, Route
 from config_server.metrics import ConfigServerMetrics
+from protocol.control import BODY_VALUES_MAX, has_too_many_values, reason_of
 from protocol.control_errors import (
     CredentialMissing,
     RequestInvalid,
@@ -99,7 +100,7 @@ def _validate(model: type[BaseModel], values: Mapping[str, str]) -> BaseModel:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise RequestInvalid(reason=_first_reason(error)) from error
+        raise RequestInvalid(reason=reason_of(error)) from error
 
 
 def _single_values(request: web.Request) -> dict[str, str]:
@@ -124,15 +125,13 @@ async def _read_body(request: web.Request, route: Route, model: type[BaseModel])
         raise RequestInvalid(reason=f"its body did not arrive within {BODY_SECONDS_MAX:.0f} s") from error
     except ConnectionError as error:
         raise RequestInvalid(reason="its body was cut off") from error
+    data = bytes(received)
+    if has_too_many_values(data):
+        raise RequestInvalid(reason=f"it has more than {BODY_VALUES_MAX} values")
     try:
-        return model.model_validate_json(bytes(received))
+        return model.model_validate_json(data)
     except ValidationError as error:
-        raise RequestInvalid(reason=_first_reason(error)) from error
-
-
-def _first_reason(error: ValidationError) -> str:
-    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-    return f"{'.'.join(str(part) for part in first['loc']) or 'it'}: {first['msg']}"
+        raise RequestInvalid(reason=reason_of(error)) from error
 
 
 def _problems(metrics: ConfigServerMetrics) -> Middleware:

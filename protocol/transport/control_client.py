@@ -28,6 +28,7 @@ from protocol.control import (
     DiskRegistration,
     ProcessServerOrders,
     ProcessServerReport,
+    reason_of,
 )
 from protocol.control_errors import (
     REFUSALS,
@@ -160,7 +161,7 @@ class ControlConnection:
         try:
             return reply.model_validate_json(data)
         except ValidationError as error:
-            raise AnswerMalformed(server=self._url, reason=_first_reason(error)) from error
+            raise AnswerMalformed(server=self._url, reason=reason_of(error)) from error
 
     async def _exchange(
         self, method: str, path: str, body: BaseModel | None, query: Mapping[str, str], wait_seconds: float
@@ -246,34 +247,39 @@ class ControlConnection:
         if content_type != _PROBLEM_TYPE:
             return AnswerMalformed(server=self._url, reason=f"status {status} without a problem description")
         try:
-            problem = Problem.model_validate_json(data)
+            return refusal_of(Problem.model_validate_json(data), status=status)
         except ValidationError as error:
-            return AnswerMalformed(server=self._url, reason=_first_reason(error))
-        kind = REFUSALS.get(problem.code)
-        if kind is not None:
-            try:
-                return kind(**problem.fields)
-            except KeyError:
-                pass  # another version's fields: shown as an unknown refusal
-        if status >= 500:
-            return ServerUnwell(reason=problem.detail)
-        return RefusedByServer(
-            peer_code=problem.code,
-            detail=problem.detail,
-            peer_hint=problem.hint,
-            retryable=problem.is_retryable,
-            status=status,
-        )
+            return AnswerMalformed(server=self._url, reason=reason_of(error))
+
+
+def refusal_of(problem: Problem, *, status: int) -> ReplicationError:
+    """The error that a problem description stands for."""
+    kind = REFUSALS.get(problem.code)
+    if kind is not None:
+        try:
+            return kind(**problem.fields)
+        except KeyError:
+            pass  # another version's fields: shown as an unknown refusal
+    if status >= 500:
+        return ServerUnwell(reason=problem.detail)
+    return RefusedByServer(
+        peer_code=problem.code,
+        detail=problem.detail,
+        peer_hint=problem.hint,
+        retryable=problem.is_retryable,
+        status=status,
+    )
 
 
 def check_server_url(url: str) -> str:
     """Returns it without a trailing slash. Raises InvalidValue unless it is https://host[:port]."""
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         is_good = parts.scheme == "https" and bool(parts.hostname) and parts.path in ("", "/") and parts.port != 0
+        is_good = is_good and not parts.query and not parts.fragment and parts.username is None
     except ValueError:
         is_good = False
-    if not is_good or parts.query or parts.fragment or parts.username is not None:
+    if not is_good:
         raise InvalidValue(what="configuration server URL", value=url, rule="must be https://host:port")
     return f"https://{parts.netloc}"
 
@@ -287,11 +293,6 @@ def _ssl_cause(error: BaseException) -> ssl.SSLError | None:
         if isinstance(candidate, ssl.SSLError) and not isinstance(candidate, aiohttp.ClientError):
             return candidate
     return None
-
-
-def _first_reason(error: ValidationError) -> str:
-    first = error.errors(include_input=False, include_url=False)[0]
-    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 
 
 class _Client:
@@ -504,7 +505,7 @@ async def _pin_authority(server_url: str, token: JoinToken) -> tuple[bytes, Vaul
         await connection.close()
     try:
         certificates = x509.load_pem_x509_certificates(description.authority_pem.encode())
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise AnswerMalformed(server=server_url, reason="its authority's certificate cannot be read") from error
     pinned = [one for one in certificates if public_key_hash(one) == token.authority_key_hash]
     if not pinned:
