@@ -35,7 +35,7 @@ class LedgerContents:
     acknowledged_sequence: int
     records: tuple[SentRecord, ...]
     is_damaged: bool
-    """More is unreadable than one torn entry can explain: later entries may have been lost."""
+    """More is unreadable than one torn entry can explain, or what is behind it can be read: entries may be lost."""
 
 
 def encode_entry(*, epoch: int, acknowledged_sequence: int, record: SentRecord) -> bytes:
@@ -64,6 +64,8 @@ def replay(data: bytes) -> LedgerContents:
             break
         if entry_epoch > epoch:
             epoch, sent, acknowledged, records = entry_epoch, 0, 0, []
+        if record.extents and records and record.first_sequence <= records[-1].last_sequence:
+            break
         sent = max(sent, record.last_sequence)
         acknowledged = max(acknowledged, entry_acknowledged)
         if record.extents:
@@ -76,8 +78,18 @@ def replay(data: bytes) -> LedgerContents:
         sent_sequence=sent,
         acknowledged_sequence=acknowledged,
         records=tuple(records),
-        is_damaged=len(data) - offset > ENTRY_BYTES_MAX,
+        is_damaged=len(data) - offset > ENTRY_BYTES_MAX or _is_entry_behind(data, offset),
     )
+
+
+def _is_entry_behind(data: bytes, offset: int) -> bool:
+    """Whether a whole entry lies anywhere from `offset` on: behind a torn one there is none."""
+    at = data.find(MAGIC, offset)
+    while at >= 0:
+        if _entry_at(data, at) is not None:
+            return True
+        at = data.find(MAGIC, at + 1)
+    return False
 
 
 def _entry_at(data: bytes, offset: int) -> tuple[int, int, SentRecord, int] | None:
@@ -87,6 +99,8 @@ def _entry_at(data: bytes, offset: int) -> tuple[int, int, SentRecord, int] | No
     magic, epoch, first_sequence, last_sequence, acknowledged, count = _HEAD.unpack_from(data, offset)
     if magic != MAGIC or count > RECORD_EXTENTS_MAX or not 1 <= epoch <= EPOCH_MAX or last_sequence > SEQUENCE_MAX:
         return None
+    if not min(count, 1) <= first_sequence <= last_sequence:
+        return None
     body_bytes = _HEAD.size + 16 * count
     if len(data) - offset < body_bytes + _CHECK_BYTES:
         return None
@@ -94,6 +108,8 @@ def _entry_at(data: bytes, offset: int) -> tuple[int, int, SentRecord, int] | No
     if blake3(body).digest(_CHECK_BYTES) != data[offset + body_bytes : offset + body_bytes + _CHECK_BYTES]:
         return None
     table = numpy.frombuffer(body, dtype="<i8", offset=_HEAD.size).reshape(count, 2).astype(numpy.int64)
+    if not (table[:, 0] >= 0).all():
+        return None
     record = SentRecord(
         first_sequence=first_sequence,
         last_sequence=last_sequence,
