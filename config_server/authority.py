@@ -87,7 +87,7 @@ class CertificateAuthority:
         try:
             certificate = x509.load_pem_x509_certificate(certificate_pem)
             key = serialization.load_pem_private_key(key_pem, password=None)
-        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
             raise MalformedInput(what=what, reason="its certificate or key cannot be read") from error
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
             raise MalformedInput(what=what, reason="its certificate and key do not belong together")
@@ -169,7 +169,7 @@ def _requested_key(request_pem: str) -> ec.EllipticCurvePublicKey:
         request = x509.load_pem_x509_csr(request_pem.encode())
         is_proved = request.is_signature_valid
         key = request.public_key()
-    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature, x509.InvalidVersion) as error:
         raise CertificateRequestInvalid(reason="it is not a certificate request") from error
     if not is_proved:
         raise CertificateRequestInvalid(reason="it is not signed by the key that it names")

@@ -15,6 +15,7 @@ from typing import Final, Literal, TypeAlias
 
 from mobility_agent.errors import DiskReplaced, DiskResized
 from protocol.control import FILE_SYSTEMS_PER_DISK_MAX, NAME_LENGTH_MAX, DiskIdentity, DiskKind, ImageFileIdentity
+from protocol.vocabulary import DISK_SIZE_BYTES_MAX
 
 GPT_ENTRIES_MAX: Final = 512
 _GETVERSION: Final = 0x80087601
@@ -129,7 +130,8 @@ def whole_disks() -> list[str]:
 def _contents(read_at: ReadAt, sector_bytes: int) -> tuple[str | None, tuple[str, ...]]:
     """(partition table's mark, file systems' UUIDs, sorted) as the disk's own sectors say."""
     table, starts = _gpt(read_at, sector_bytes) or _mbr(read_at, sector_bytes) or (None, [])
-    systems = {found for start in [0, *starts] if (found := _file_system_uuid(read_at, start)) is not None}
+    on_disk = (start for start in [0, *starts] if start <= DISK_SIZE_BYTES_MAX)
+    systems = {found for start in on_disk if (found := _file_system_uuid(read_at, start)) is not None}
     return table, tuple(sorted(systems))[:FILE_SYSTEMS_PER_DISK_MAX]
 
 
@@ -140,6 +142,8 @@ def _gpt(read_at: ReadAt, sector_bytes: int) -> tuple[str, list[int]] | None:
     guid = str(uuid.UUID(bytes_le=header[56:72]))
     entries_at, count, entry_bytes = struct.unpack_from("<QII", header, 72)
     if not 128 <= entry_bytes <= 4096:
+        return guid, []
+    if entries_at * sector_bytes > DISK_SIZE_BYTES_MAX:
         return guid, []
     table = read_at(entries_at * sector_bytes, min(count, GPT_ENTRIES_MAX) * entry_bytes)
     used = (at for at in range(0, len(table) - entry_bytes + 1, entry_bytes) if any(table[at : at + 16]))
@@ -164,7 +168,7 @@ def _file_system_uuid(read_at: ReadAt, start: int) -> str | None:
     head = read_at(start, 2048)
     if head[1080:1082] == b"\x53\xef" and len(head) >= 1144:
         return str(uuid.UUID(bytes=head[1128:1144]))
-    if head[:4] == b"XFSB":
+    if head[:4] == b"XFSB" and len(head) >= 48:
         return str(uuid.UUID(bytes=head[32:48]))
     btrfs = read_at(start + 65536, 128)
     if btrfs[64:72] == b"_BHRfS_M":

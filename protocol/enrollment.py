@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Final, TypeAlias
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -211,7 +211,7 @@ class EnrolledIdentity:
                 server_url=str(content["server_url"]),
                 vault_authority_public_key=bytes.fromhex(content["vault_authority_public_key"]),
             )
-        except (ValueError, KeyError, TypeError, InvalidValue) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, InvalidValue) as error:
             raise IdentityFileInvalid(reason=str(error)) from error
 
 
@@ -253,7 +253,7 @@ def read_signing_key(data: bytes) -> Ed25519PrivateKey:
     """Raises IdentityFileInvalid."""
     try:
         key = serialization.load_pem_private_key(data, password=None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise IdentityFileInvalid(reason="the signing key cannot be read") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise IdentityFileInvalid(reason="the signing key is not an Ed25519 key")

@@ -9,7 +9,6 @@ record, one key, one text.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import itertools
 import json
@@ -398,7 +397,7 @@ def parse_authority_key(data: bytes) -> AuthorityKey:
         raw = base64.b64decode(fields["private_key"], validate=True)
         check_key(raw, "private_key")
         return AuthorityKey(vault=fields["vault"], private_key=Ed25519PrivateKey.from_private_bytes(raw))
-    except (InvalidValue, TypeError, binascii.Error) as error:
+    except (InvalidValue, TypeError, ValueError) as error:
         raise MalformedInput(what=what, reason="vault or private_key is not valid") from error
 
 

@@ -140,7 +140,7 @@ class CertificateRenewal:
         of a clock that jumped back: renewing is always allowed."""
         try:
             leaf = x509.load_pem_x509_certificate(self._directory.read(CREDENTIALS_FILE))
-        except ValueError:
+        except (ValueError, x509.InvalidVersion):
             return True
         age_seconds = self._clock.now_ns() / 1e9 - leaf.not_valid_before_utc.timestamp()
         return not 0 <= age_seconds < self._renew_after_seconds

@@ -82,7 +82,7 @@ def load(
     layers = [
         (_from_file(settings_type, path), f"file {path}"),
         (_from_environment(settings_type, program, os.environ if environment is None else environment, known), ""),
-        (_nested({key: value for key, value in (flags or {}).items() if value is not None}), "flag"),
+        (_nested(_known({key: value for key, value in (flags or {}).items() if value is not None}, known)), "flag"),
     ]
     merged: dict[str, Any] = {}
     origins = dict.fromkeys(known, "default")
@@ -122,7 +122,8 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, object]:
             raise SettingInvalid(key=assignment, origin="flag", reason="must be KEY=VALUE")
         try:
             flags[key] = tomllib.loads(f"value = {value}")["value"] if value[:1] in "[{" and value else value
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            # why: numbers of thousands of digits and deep nesting are what the parser has no error of its own for.
             raise SettingInvalid(key=key, origin="flag", reason=str(error)) from error
     return flags
 
@@ -139,7 +140,7 @@ def _from_file(settings_type: type[Settings], path: Path | None) -> dict[str, An
         raise SettingsFileInvalid(path=path, reason="there is no such file")
     try:
         return TomlConfigSettingsSource(settings_type, toml_file=path, deep_merge=True).toml_data
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsFileInvalid(path=path, reason=f"not TOML: {error}") from error
     except OSError as error:
         raise SettingsFileInvalid(path=path, reason=error.strerror) from error
@@ -193,6 +194,12 @@ def _nearest(key: str, known: Mapping[str, object]) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     same_name = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
     return (same_name or close or [""])[0]
+
+
+def _known(flags: Mapping[str, object], known: Mapping[str, object]) -> Mapping[str, object]:
+    for key in flags:
+        _check_known(key, known, "flag")
+    return flags
 
 
 def _nested(values: Mapping[str, object]) -> dict[str, Any]:

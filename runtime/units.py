@@ -39,7 +39,7 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 def _quantity(value: object, units: dict[str, float] | dict[str, int], default_unit: str) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        quantity = float(value)
+        quantity = _as_float(value)
     else:
         found = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
         unit = (found[2] or default_unit) if found else ""
@@ -49,3 +49,10 @@ def _quantity(value: object, units: dict[str, float] | dict[str, int], default_u
     if not math.isfinite(quantity) or quantity < 0:
         raise ValueError(f"{value!r} must be finite and not negative")
     return quantity
+
+
+def _as_float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

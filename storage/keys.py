@@ -270,7 +270,7 @@ def parse_recovery_key(data: bytes, *, path: str, passphrase: str | None) -> Rec
             private_key=X25519PrivateKey.from_private_bytes(_private_bytes(fields, path, passphrase)),
             path=path,
         )
-    except (InvalidValue, ValueError) as error:
+    except (InvalidValue, ValueError, RecursionError) as error:
         raise WrongRecoveryKey(path=path, reason=f"it is damaged: {error}") from error
 
 

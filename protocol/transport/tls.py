@@ -85,9 +85,13 @@ def _context(
             path = revocation_list
             context.load_verify_locations(revocation_list)
             context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
-    except (OSError, ValueError, InvalidValue) as error:
+    except (OSError, ValueError, InvalidValue, *CERTIFICATE_ERRORS) as error:
         raise CertificateUnusable(path=str(path), reason=str(error)) from error
     return context
+
+
+CERTIFICATE_ERRORS: Final = (x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
+"""What cryptography raises for damaged certificates and requests beside ValueError."""
 
 
 def _own_identity(certificate_path: Path) -> PeerIdentity:

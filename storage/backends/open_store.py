@@ -24,7 +24,10 @@ def open_store(
     Raises StoreUrlInvalid, SecretMissing, SecretUnreadable, and for a local directory StoreMissing and
     StoreNotPermitted.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise StoreUrlInvalid(url="…", reason="what follows its slashes is no part of a URL") from error
     if parts.scheme == "azure":
         # why: the SDK takes longer to import than all the rest of a program that has a local directory
         from storage.backends.azure_address import read_address
