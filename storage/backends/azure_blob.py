@@ -97,7 +97,8 @@ class AzureBlobStore:
                 await blob.upload_blob(body, length=len(body), overwrite=False)
         except StoreNotPermitted as refusal:
             # why: who may create and not overwrite is refused as such when the name is taken
-            await self._raise_if_there(name, refusal)
+            if not isinstance(refusal, StoreCredentialRefused):
+                await self._raise_if_there(name, refusal)
             raise
 
     async def read(self, name: str, *, first_byte: int = 0, end_byte: int | None = None) -> bytes:

@@ -104,6 +104,16 @@ def test_the_demo_on_azurite_recovers_both_points_and_says_how_to_read_its_store
     assert "Connect call failed" in away.stderr
 
 
+def test_the_demo_says_how_azurite_is_installed_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("farpoint.demo.azurite._PROGRAM", tmp_path / "missing")
+    refused = CliRunner().invoke(main, ["demo", "--azurite", "--keep", str(tmp_path / "kept")])
+    assert refused.exit_code == ExitCode.FAILURE
+    assert "Azurite, the Azure Blob emulator, is not here" in refused.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_demo_keeps_out_of_a_directory_that_is_not_its_own(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     refused = CliRunner().invoke(main, ["demo", "--keep", str(tmp_path)])
