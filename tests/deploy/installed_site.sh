@@ -7,6 +7,13 @@ as() { # USER COMMAND…
   runuser -u "$1" -- "${@:2}"
 }
 
+refused() { # COMMAND…; why: a command behind ! never ends a script
+  if "$@" >/dev/null 2>&1; then
+    echo "should have been refused: $*"
+    exit 1
+  fi
+}
+
 until_true() { # SECONDS COMMAND…
   local end=$((SECONDS + $1))
   until "${@:2}" >/tmp/until 2>&1; do
@@ -51,9 +58,9 @@ mobility-agent run >/tmp/mobility-agent.log 2>&1 &
 until_true 60 answers 9464 /readyz
 
 # Neither server can read what is the other's, nor the agent's.
-! as farpoint-process-server cat $state/config-server/vault-authority-key.json 2>/dev/null
-! as farpoint-config-server ls $state/process-server 2>/dev/null
-! as farpoint-process-server ls $state/mobility-agent 2>/dev/null
+refused as farpoint-process-server cat $state/config-server/vault-authority-key.json
+refused as farpoint-config-server ls $state/process-server
+refused as farpoint-process-server ls $state/mobility-agent
 
 # Prometheus, with the configuration that is shipped.
 install -d -o prometheus /tmp/prometheus
@@ -86,4 +93,5 @@ cmp /srv/disk.img /tmp/disk.img
 # An orderly end.
 kill %4 %3 %2 %1
 wait %3 && wait %2 && wait %1
+rm -r /srv/farpoint /srv/disk.img
 echo "the site is well"

@@ -21,7 +21,7 @@ SHARED: Final = "/mnt"
 _BEGIN = """
 set -e
 mount --make-rprivate /
-mount -t overlay overlay -o lowerdir="$LOWER",upperdir="$UPPER",workdir="$WORK" "$ROOT"
+mount -t overlay overlay -o lowerdir=/,upperdir="$UPPER",workdir="$WORK" "$ROOT"
 mount -t proc proc "$ROOT/proc"
 mount --rbind /dev "$ROOT/dev"
 mount --rbind /sys "$ROOT/sys"
@@ -36,12 +36,10 @@ exec env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LC
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThrowawayMachine:
-    """directory: holds it, 1 GiB and more when packages are installed. shared: what is seen under /mnt. below: what other
-    such machines have changed, the newest first."""
+    """directory: holds it, 1 GiB and more when packages are installed. shared: what is seen under /mnt."""
 
     directory: Path
     shared: Path
-    below: tuple[Path, ...] = ()
 
     @property
     def upper(self) -> Path:
@@ -52,14 +50,16 @@ class ThrowawayMachine:
         for name in ("upper", "work", "root"):
             (self.directory / name).mkdir(parents=True)
 
-    def run(self, script: str) -> str:
-        """Runs a bash script in it as root, `set -euo pipefail`: what it says. Fails the test if the script fails."""
+    def run(self, script: str, *, shared: Path | None = None) -> str:
+        """Runs a bash script in it as root, `set -euo pipefail`: what it says. Fails the test if the script fails.
+
+        shared: seen under /mnt instead of the machine's own.
+        """
         environment = os.environ | {
-            "LOWER": ":".join([*(str(path) for path in self.below), "/"]),
             "UPPER": str(self.upper),
             "WORK": str(self.directory / "work"),
             "ROOT": str(self.directory / "root"),
-            "SHARED": str(self.shared),
+            "SHARED": str(shared or self.shared),
             "SCRIPT": f"set -euo pipefail\n{script}",
         }
         name_spaces = ["unshare", "--mount", "--net", "--ipc", "--uts", "--pid", "--fork", "--kill-child"]

@@ -67,7 +67,7 @@ install_program() {
     mkdir -p "$prefix"
     "$python" -I -m venv --without-pip "$home"
     # A wheel is a folder to Python: pip runs from its own.
-    PYTHONPATH='' "$python" wheels/pip-*.whl/pip --disable-pip-version-check --python "$home/bin/python" install --quiet \
+    PYTHONPATH='' "$python" "$(echo wheels/pip-*.whl)/pip" --disable-pip-version-check --python "$home/bin/python" install --quiet \
       --no-index --find-links wheels --no-deps --require-hashes --requirement "requirements/$program.txt"
     touch "$home/.complete"
   fi
