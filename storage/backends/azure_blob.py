@@ -218,7 +218,8 @@ class AzureBlobStore:
     def _refusal(self, error: HttpResponseError, code: str, fields: dict[str, str]) -> StoreNotPermitted:
         """Of a credential that is none here (any more), or of one that may not do this."""
         if not error.status_code:
-            return StoreCredentialRefused(**fields | {"reason": "no Azure credential was found, or none that is good"})
+            reason = "no credentials file was given, and no Azure identity was found on this machine that is good"
+            return StoreCredentialRefused(**fields | {"reason": reason})
         end = self._address.signature_end
         if end is not None and end < datetime.datetime.now(datetime.UTC):
             ended = f"the shared access signature ended at {end:%Y-%m-%dT%H:%M:%SZ}"

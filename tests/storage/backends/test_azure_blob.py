@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from azure.identity import CredentialUnavailableError
 from azure.storage.blob.aio import BlobServiceClient
 
 from farpoint.demo.azurite import ACCOUNT, KEY, Azurite, container_signature
@@ -395,3 +396,17 @@ async def test_a_listing_out_of_byte_order_is_refused() -> None:
     async with service(answer) as address, opened(address_of(address, "container")) as store:
         with pytest.raises(StoreFault, match="byte order"):
             await names(store)
+
+
+async def test_a_machine_without_any_credential_is_told_to_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoIdentity:
+        async def get_token(self, *scopes: str, **options: object) -> None:
+            raise CredentialUnavailableError(message="nothing here")
+
+        async def close(self) -> None:
+            return
+
+    monkeypatch.setattr("storage.backends.azure_blob.DefaultAzureCredential", NoIdentity)
+    async with opened(read_address("azure://backups/vault", credentials_file=None, environment={})) as store:
+        said = await refused(store, StoreCredentialRefused)
+    assert "no credentials file was given" in said
