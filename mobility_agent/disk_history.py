@@ -13,6 +13,7 @@ from typing import Any
 
 from mobility_agent.core.dirty_map import DirtyMap
 from mobility_agent.core.extent_set import ExtentSet
+from mobility_agent.core.ledger import LedgerContents
 from mobility_agent.core.replication import Opening, Relation, Standing
 from mobility_agent.errors import AgentStateDamaged
 from mobility_agent.ledger_file import LedgerFile, read_ledger
@@ -71,7 +72,7 @@ class DiskHistory:
             contents = read_ledger(self._directory, ledger_name(self._disk))
         except AgentStateDamaged:
             contents = None
-        if contents is None or contents.is_damaged or not self.changes.restore(contents.epoch, contents.records):
+        if contents is None or contents.is_damaged or not self._restore_changes(contents):
             self.changes.restore(0, ())
             return
         with self._lock:
@@ -82,6 +83,9 @@ class DiskHistory:
                 sent_sequence=contents.sent_sequence,
                 acknowledged_sequence=contents.acknowledged_sequence,
             )
+
+    def _restore_changes(self, contents: LedgerContents) -> bool:
+        return self.changes.restore(contents.epoch, contents.records, sent_sequence=contents.sent_sequence)
 
     def enter(self, opening: Opening, opened: DiskOpened) -> None:
         """Takes over where the process server says that the history stands. Blocks; durable on return."""

@@ -18,7 +18,7 @@ from blake3 import blake3
 
 from mobility_agent.core.extent_set import ExtentSet
 from mobility_agent.errors import AgentStateDamaged
-from protocol.vocabulary import DIGEST_BLOCK_BYTES, DiskId
+from protocol.vocabulary import DIGEST_BLOCK_BYTES, SEQUENCE_MAX, DiskId
 from runtime.directory import DurableDirectory, DurableFile
 
 FORMAT: Final = 1
@@ -179,6 +179,17 @@ class DigestFile:
                     known = self._digest_in_page(page, index)
                     found.append(None if known is None else int.from_bytes(self._entry(index)[16:24], "little"))
             return found
+
+    def holds_later_than(self, sequence: int) -> bool:
+        """Whether any entry that counts is of a later change set. Reads what of the file was ever written."""
+        for page in range(-(-self.block_count // PAGE_ENTRIES)):
+            with self._lock:
+                self._load(page)
+                sequences = numpy.frombuffer(self._page, dtype="<u8").reshape(PAGE_ENTRIES, 4)[:, 2]
+                later = numpy.flatnonzero((sequences > sequence) & (sequences <= SEQUENCE_MAX))
+                if any(self._digest_in_page(page, index) is not None for index in later.tolist()):
+                    return True
+        return False
 
     def write(self, sequence: int, digests: Iterable[tuple[int, bytes]]) -> None:
         """Says that these (block, digest) went out in change set `sequence`. The ledger holds it already. Not

@@ -21,6 +21,7 @@ from protocol.vocabulary import (
     DIGEST_BLOCK_BYTES,
     FRAME_EXTENTS_MAX,
     FRAME_RAW_BYTES_MAX,
+    SEQUENCE_MAX,
     ChangeKind,
     DiskId,
 )
@@ -69,9 +70,10 @@ class ScanSource:
             raise AgentStateDamaged(name=self._disk, reason="no epoch has been entered")
         return self._digests
 
-    def restore(self, epoch: int, records: Sequence[SentRecord]) -> bool:
+    def restore(self, epoch: int, records: Sequence[SentRecord], *, sent_sequence: int = SEQUENCE_MAX) -> bool:
         """Takes up the epoch's file after a restart. records: all that the ledger holds; entries that are older than
-        a record over the same block were lost and are forgotten. Returns False when nothing usable is there."""
+        a record over the same block were lost and are forgotten. Returns False when nothing usable is there, or when
+        an entry is of a later change set than sent_sequence, the ledger's newest: the ledger has lost its end."""
         self._remove_files(except_epoch=epoch)
         try:
             digests = DigestFile.open(
@@ -81,6 +83,9 @@ class ScanSource:
                 size_bytes=self._source.size_bytes,
             )
         except (FileNotFoundError, AgentStateDamaged):
+            return False
+        if digests.holds_later_than(sent_sequence):
+            digests.close()
             return False
         for record in records:
             digests.forget_older(record.extents, record.last_sequence)

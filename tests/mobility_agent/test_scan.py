@@ -212,6 +212,21 @@ def test_digests_that_could_not_be_synchronized_are_never_trusted_again(
     assert not scanned.source.restore(1, []), "what reads back may never have reached the disk"
 
 
+def test_digests_of_a_change_set_that_the_ledger_does_not_know_show_that_its_end_is_lost(tmp_path: Path) -> None:
+    scanned = Scanned(tmp_path, 2 * MIB)
+    scanned.write(0, b"one")
+    scanned.round()
+    scanned.write(MIB, b"two")
+    scanned.round()
+    scanned.source.close()
+    scanned.open()
+    assert not scanned.source.restore(1, [], sent_sequence=1)
+    assert scanned.source.restore(1, [], sent_sequence=2)
+    scanned.source.forget(ExtentSet.of([(MIB, 2 * MIB)]))
+    scanned.source.close()
+    assert scanned.source.restore(1, [], sent_sequence=1), "what was forgotten says nothing"
+
+
 def test_files_of_other_epochs_are_removed_at_a_restart(tmp_path: Path) -> None:
     scanned = Scanned(tmp_path, MIB)
     scanned.source.enter_epoch(2, parent_sequence=0, is_base_empty=False)
