@@ -90,7 +90,7 @@ def read_installation(path: Path) -> Installation:
         return _read(path, directory)
     except FileNotFoundError as error:
         raise InstallationDamaged(path=path, reason=f"{error.filename} is missing") from error
-    except (ValueError, KeyError, TypeError, ReplicationError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, ReplicationError) as error:
         raise InstallationDamaged(path=path, reason=str(error)) from error
 
 

@@ -52,7 +52,7 @@ class UpDescription:
             )
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DirectoryNotUp(path=directory) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise MalformedInput(what=str(path), reason=str(error)) from error
 
 
