@@ -11,6 +11,7 @@ import pytest
 
 from config_server.api.openapi import openapi_document
 from config_server.api.routes import MEMBERS, NOBODY, ROUTES, SMALL_BODY_BYTES_MAX, Access, Route
+from protocol.control import BODY_VALUES_MAX
 from protocol.enrollment import CREDENTIALS_FILE
 from protocol.operator_messages import Problem
 from protocol.vocabulary import Role
@@ -188,6 +189,19 @@ async def test_an_oversized_body_is_refused_before_it_is_parsed(tmp_path: Path, 
                 assert is_chunked
             async with session.get("/v1/authority") as response:
                 assert response.status == 200
+
+
+async def test_a_body_of_very_many_values_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    async with running_server(tmp_path / "server") as server:
+        await server.enroll(Role.AGENT, tmp_path / "agent")
+        body = b'{"disks":[' + b"{}," * (BODY_VALUES_MAX // 2) + b"{}]}"
+        async with (
+            server.plain_session(tmp_path / "agent" / CREDENTIALS_FILE) as session,
+            session.post("/v1/agent/report", data=body, headers={"Content-Type": "application/json"}) as response,
+        ):
+            assert response.status == 400
+            problem = Problem.model_validate_json(await response.read())
+    assert f"more than {BODY_VALUES_MAX} values" in problem.detail
 
 
 @pytest.mark.parametrize(
