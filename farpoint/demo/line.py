@@ -29,7 +29,8 @@ OBSERVABILITY_PORT: Final = 9464
 START_SECONDS_MAX: Final = 30.0
 POINT_SECONDS_MAX: Final = 300.0
 POLL_SECONDS: Final = 0.1
-COPY_INTERVAL_SECONDS: Final = 2
+COPY_INTERVAL_SECONDS: Final = 20
+"""Rounds are asked for; by itself the agent looks again only where one did not settle."""
 POINT_INTERVAL_SECONDS: Final = 1
 CACHE_BYTES_MAX: Final = 2**30
 CLOCK_SLACK_NS: Final = 10**8
