@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.deploy.needed_tools import not_here
+import pytest
 
 SHARED: Final = "/mnt"
 """Where the shared directory is seen inside."""
@@ -90,11 +90,11 @@ class ThrowawayMachine:
 
 
 def need_throwaway_machine(directory: Path) -> None:
-    """Goes on only where one can be made: root, name spaces, overlay."""
+    """Goes on only where one can be made: root, name spaces, overlay. Skips otherwise, in CI too: no package brings them."""
     if os.geteuid() != 0:
-        not_here("must be root to install packages into a throwaway machine")
+        pytest.skip("must be root to install packages into a throwaway machine")
     probe = ThrowawayMachine(directory=directory, shared=directory)
     try:
         probe.run("true")
     except AssertionError as error:
-        not_here(f"no throwaway machine can be made here: {error}")
+        pytest.skip(f"no throwaway machine can be made here: {error}")
