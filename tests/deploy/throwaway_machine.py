@@ -90,7 +90,7 @@ class ThrowawayMachine:
 
 
 def need_throwaway_machine(directory: Path) -> None:
-    """Goes on only where one can be made: root, name spaces, overlay. Skips otherwise, in CI too: no package brings them."""
+    """Goes on only where one can be made: root, name spaces, overlay; no package brings them, so CI skips too."""
     if os.geteuid() != 0:
         pytest.skip("must be root to install packages into a throwaway machine")
     probe = ThrowawayMachine(directory=directory, shared=directory)
