@@ -41,7 +41,8 @@ class DiskCheckpoint:
     ordinal: of the newest closed segment, one less than the epoch's first at its start. trailer_hash: of that segment,
     or what the epoch's first segment names as its predecessor. committed_ordinal: of the newest segment known to be
     readable in the store; at the start of an epoch the same as ordinal. cursor: the newest copy-in cursor, None if none
-    was stated.
+    was stated. must_be_left: the cache of this epoch was lost, and uploads of what it held may still arrive: only its
+    closing segment ends it.
     """
 
     disk: DiskId
@@ -54,6 +55,7 @@ class DiskCheckpoint:
     trailer_hash: bytes
     copy_in_cursor_bytes: int | None
     unreported_points: tuple[CachedPoint, ...] = ()
+    must_be_left: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +113,7 @@ def encode_checkpoint(checkpoint: DiskCheckpoint) -> bytes:
                 checkpoint.trailer_hash,
                 checkpoint.copy_in_cursor_bytes,
                 [_point_fields(point) for point in checkpoint.unreported_points],
+                checkpoint.must_be_left,
             ]
         ),
     )
@@ -121,7 +124,7 @@ def decode_checkpoint(record: LocatedRecord, data: Buffer) -> DiskCheckpoint:
     name = file_name(record.location.file_number)
     fields = _unpack(data, name)
     try:
-        parent_epoch, parent_sequence, committed_ordinal, sequence, trailer_hash, cursor, points = fields
+        parent_epoch, parent_sequence, committed_ordinal, sequence, trailer_hash, cursor, points, must_be_left = fields
         return DiskCheckpoint(
             disk=record.disk,
             epoch=record.epoch,
@@ -133,6 +136,7 @@ def decode_checkpoint(record: LocatedRecord, data: Buffer) -> DiskCheckpoint:
             trailer_hash=trailer_hash,
             copy_in_cursor_bytes=cursor,
             unreported_points=tuple(_point(point) for point in points),
+            must_be_left=bool(must_be_left),
         )
     except (TypeError, ValueError, InvalidValue) as error:
         raise CacheDamaged(name=name, reason=f"a position record is malformed: {error}") from error

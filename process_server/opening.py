@@ -8,6 +8,7 @@ of the store and of nobody else; a disk that another process server has taken is
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -118,11 +119,13 @@ class DiskOpener:
         history.settle()
 
     async def _find_epoch(self, history: DiskHistory, granted: dict[int, HeldGrant], request: OpenDisk) -> HeldGrant:
-        wants_new = request.wants_new_epoch
         while True:
             positions = history.positions
-            known = KnownEpoch(epoch=positions.epoch, sequence=positions.durable) if positions else None
-            asked = AskedEpoch(epoch=request.epoch, wants_new=wants_new)
+            must_leave = history.prepared is not None and history.prepared.must_be_left
+            asked = AskedEpoch(epoch=request.epoch, wants_new=request.wants_new_epoch or must_leave)
+            known = (
+                KnownEpoch(epoch=positions.epoch, is_used=must_leave or positions.durable > 0) if positions else None
+            )
             choice = choose_epoch(request.disk, granted=list(granted), known=known, asked=asked)
             held = granted[choice.epoch]
             if choice.step is EpochStep.CONTINUE:
@@ -131,10 +134,7 @@ class DiskOpener:
                 await self._wait_until_committed(history)
             else:
                 await self._uploader.wait_until_quiet(history)
-            summary = await self._enter(history, held)
-            if summary is not None and summary.beyond_gap:
-                # why: those ordinals were ours, and what belonged between is lost; only a new epoch leads past them.
-                wants_new = True
+            await self._enter(history, held, newest_seen=request.epoch)
 
     async def _wait_until_committed(self, history: DiskHistory) -> None:
         try:
@@ -143,8 +143,11 @@ class DiskOpener:
         except TimeoutError:
             raise EpochNotCommitted(disk=history.disk, segments=len(history.waiting)) from None
 
-    async def _enter(self, history: DiskHistory, held: HeldGrant) -> SegmentSummary | None:
-        """Puts the history where the store says that the granted epoch stands, and ends its parent if nobody has."""
+    async def _enter(self, history: DiskHistory, held: HeldGrant, *, newest_seen: int) -> None:
+        """Puts the history where the store says that the granted epoch stands, and ends its parent if nobody has.
+
+        newest_seen: the newest epoch that the agent knows.
+        """
         grant = held.grant
         try:
             start = await self._archive.close_epoch(grant, held.signed, self._signing_key)
@@ -158,9 +161,13 @@ class DiskOpener:
                 taken = DiskTakenOver(disk=grant.disk, epoch=grant.epoch, successor=summary.successor.process_server)
                 history.stop(taken)
                 raise taken
-            return await self._enter(history, successor)
-        history.start_epoch(_position(grant.disk, grant.epoch, start, summary))
-        return summary
+            await self._enter(history, successor, newest_seen=newest_seen)
+            return
+        # why: what the store shows of an epoch that was in use is not its end. Uploads of what a lost cache held may
+        # still arrive, or lie behind a gap that nobody can fill. Only a closing segment ends it.
+        is_used = summary is not None or newest_seen >= grant.epoch
+        position = _position(grant.disk, grant.epoch, start, summary)
+        history.start_epoch(dataclasses.replace(position, must_be_left=is_used))
 
 
 def _position(disk: DiskId, epoch: int, start: EpochStart, summary: SegmentSummary | None) -> DiskCheckpoint:

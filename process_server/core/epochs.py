@@ -32,10 +32,10 @@ class EpochChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownEpoch:
-    """The epoch that the disk's history is in here, and its newest sequence, 0 before the first change set."""
+    """The epoch that the disk's history is in here, and whether there has been anything in it."""
 
     epoch: int
-    sequence: int
+    is_used: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ def choose_epoch(disk: DiskId, *, granted: Sequence[int], known: KnownEpoch | No
     if known is None:
         return EpochChoice(step=EpochStep.LOOK, epoch=_first_granted(disk, granted, lowest))
     is_usable = known.epoch in granted and known.epoch >= floor
-    if is_usable and not (asked.wants_new and known.sequence):
+    if is_usable and not (asked.wants_new and known.is_used):
         return EpochChoice(step=EpochStep.CONTINUE, epoch=known.epoch)
     return EpochChoice(step=EpochStep.BEGIN, epoch=_first_granted(disk, granted, max(floor, known.epoch + 1)))
 

@@ -210,9 +210,11 @@ async def test_a_process_servers_whole_life_needs_no_more_than_create_read_and_l
         await again.until_committed(1)
         await running.kill()
     world.cache = LocalDirectory(world.path / "another-cache")
-    async with world.running() as running:  # an empty cache: the position comes from the store
+    world.grant(3)
+    async with world.running() as running:  # an empty cache: the position comes from the store, and ends the epoch
         last = await running.agent()
-        assert (await last.open(epoch=2, acknowledged=1)).committed_sequence == 1
+        opened = await last.open(epoch=2, acknowledged=1)
+        assert (opened.epoch, opened.parent_sequence) == (3, 1)
     assert {request.method for request, _ in proxy.requests} <= {"GET", "HEAD", "PUT"}
     assert 403 not in {status for _, status in proxy.answers}, "it asked for something that it may not do"
     assert any(name.endswith(".point") for name in proxy.created)

@@ -239,7 +239,9 @@ async def test_a_newer_connection_takes_the_disk_over(world: World) -> None:
     assert await world.image() == expected
 
 
-async def test_an_empty_cache_with_storage_behind_it_opens_at_the_committed_position(world: World) -> None:
+async def test_an_empty_cache_with_storage_behind_it_goes_on_from_the_committed_position_in_a_new_epoch(
+    world: World,
+) -> None:
     expected = bytearray(DISK_BYTES)
     async with world.running() as running:
         agent = await opened_agent(running)
@@ -255,9 +257,9 @@ async def test_an_empty_cache_with_storage_behind_it_opens_at_the_committed_posi
     async with world.running() as running:
         agent = await running.agent()
         opened = await agent.open(epoch=1, acknowledged=2)
-        assert (opened.epoch, opened.durable_sequence, opened.committed_sequence) == (1, 1, 1)
-        await send(agent, expected, 2)
-        await agent.until_committed(2)
+        assert (opened.epoch, opened.parent_sequence, opened.durable_sequence) == (2, 1, 0)
+        await send(agent, expected, 1)
+        await agent.until_committed(1)
     assert await world.image() == expected
     assert POINT in world.control.points()
 

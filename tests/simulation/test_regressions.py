@@ -41,3 +41,8 @@ def test_a_process_server_with_a_full_cache_drains_and_stops(seed):
 @pytest.mark.parametrize("seed", [40066, 40069])
 def test_a_killed_process_that_is_still_unwound_takes_nothing_from_its_successor(seed):
     assert run_seed(seed).violations == []
+
+
+@pytest.mark.parametrize("seed", [2])
+def test_an_epoch_whose_cache_was_lost_is_left_even_if_the_first_attempt_to_leave_it_fails(seed):
+    assert run_seed(seed).violations == []

@@ -40,7 +40,7 @@ def test_faults_are_allowed_in_every_state() -> None:
 
 
 GRANTED = [(), (1,), (2,), (1, 2), (2, 3), (1, 3)]
-KNOWN = [None, *(KnownEpoch(epoch=epoch, sequence=sequence) for epoch in (1, 2, 3) for sequence in (0, 5))]
+KNOWN = [None, *(KnownEpoch(epoch=epoch, is_used=is_used) for epoch in (1, 2, 3) for is_used in (False, True))]
 ASKED = [AskedEpoch(epoch=epoch, wants_new=wants_new) for epoch in (0, 1, 2, 3, 4) for wants_new in (False, True)]
 
 
@@ -66,7 +66,7 @@ def test_a_chosen_epoch_is_granted_not_below_what_is_known_and_new_if_that_was_a
     assert choice.epoch >= asked.epoch + asked.wants_new
     if choice.step is EpochStep.CONTINUE:
         assert choice.epoch == known.epoch
-        assert not (asked.wants_new and known.sequence)
+        assert not (asked.wants_new and known.is_used)
     else:
         assert choice.step is EpochStep.BEGIN
         assert choice.epoch > known.epoch
@@ -74,20 +74,20 @@ def test_a_chosen_epoch_is_granted_not_below_what_is_known_and_new_if_that_was_a
 
 def test_a_new_epoch_that_is_still_empty_is_not_left_for_another() -> None:
     choice = choose_epoch(
-        DISK, granted=(1, 2, 3), known=KnownEpoch(epoch=2, sequence=0), asked=AskedEpoch(epoch=1, wants_new=True)
+        DISK, granted=(1, 2, 3), known=KnownEpoch(epoch=2, is_used=False), asked=AskedEpoch(epoch=1, wants_new=True)
     )
     assert (choice.step, choice.epoch) == (EpochStep.CONTINUE, 2)
 
 
 def test_an_agent_that_has_lost_everything_gets_a_new_epoch_and_not_the_old_one() -> None:
     choice = choose_epoch(
-        DISK, granted=(1, 2), known=KnownEpoch(epoch=1, sequence=7), asked=AskedEpoch(epoch=0, wants_new=True)
+        DISK, granted=(1, 2), known=KnownEpoch(epoch=1, is_used=True), asked=AskedEpoch(epoch=0, wants_new=True)
     )
     assert (choice.step, choice.epoch) == (EpochStep.BEGIN, 2)
 
 
 def test_grants_that_left_the_known_epoch_behind_begin_the_lowest_one() -> None:
     choice = choose_epoch(
-        DISK, granted=(5, 6), known=KnownEpoch(epoch=3, sequence=7), asked=AskedEpoch(epoch=3, wants_new=False)
+        DISK, granted=(5, 6), known=KnownEpoch(epoch=3, is_used=True), asked=AskedEpoch(epoch=3, wants_new=False)
     )
     assert (choice.step, choice.epoch) == (EpochStep.BEGIN, 5)
