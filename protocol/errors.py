@@ -7,7 +7,11 @@ second is told to the peer and never trusted further.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import reprlib
+from typing import ClassVar, Final
+
+_SHOWN: Final = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother, _SHOWN.maxlong = 3, 200, 200, 200
 
 
 class ReplicationError(Exception):
@@ -25,7 +29,12 @@ class ReplicationError(Exception):
     def __init__(self, /, **fields: object) -> None:
         # why positional only: a refusal of another version may have a field of any name, "self" too.
         self.fields = fields
-        super().__init__(self.message.format_map(fields))
+        super().__init__(self.message.format_map(self._told(fields)))
+
+    @staticmethod
+    def _told(fields: dict[str, object]) -> dict[str, object]:
+        """The fields as the message shows them."""
+        return fields
 
     def __getattr__(self, name: str) -> object:
         fields = self.__dict__.get("fields", {})
@@ -217,4 +226,9 @@ class InvalidValue(LocalFault):
     """A value broke a rule of its type when it was made. Fields: what, value, rule."""
 
     code = "invalid-value"
-    message = "{what} is {value!r}: {rule}"
+    message = "{what} is {value}: {rule}"
+
+    @staticmethod
+    def _told(fields: dict[str, object]) -> dict[str, object]:
+        # why: a value may be nested so deeply that its repr fails, or longer than anybody reads.
+        return {**fields, "value": _SHOWN.repr(fields["value"])}
