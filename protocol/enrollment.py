@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Final, TypeAlias
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -253,7 +253,7 @@ def read_signing_key(data: bytes) -> Ed25519PrivateKey:
     """Raises IdentityFileInvalid."""
     try:
         key = serialization.load_pem_private_key(data, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, InternalError) as error:
         raise IdentityFileInvalid(reason="the signing key cannot be read") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise IdentityFileInvalid(reason="the signing key is not an Ed25519 key")

@@ -175,7 +175,15 @@ def _check_endpoint(url: str, endpoint: str) -> None:
         is_port = parts.port != 0
     except ValueError as error:
         raise StoreUrlInvalid(url=url, reason="its endpoint must be an https URL without a query") from error
-    if not is_port or parts.scheme not in ("http", "https") or not parts.hostname or parts.query or "@" in parts.netloc:
+    is_plain = endpoint.isprintable() and " " not in endpoint
+    if (
+        not is_port
+        or not is_plain
+        or parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or parts.query
+        or "@" in parts.netloc
+    ):
         raise StoreUrlInvalid(url=url, reason="its endpoint must be an https URL without a query")
     if parts.scheme == "http" and not _is_this_machine(parts.hostname):
         raise StoreUrlInvalid(url=url, reason=f"its endpoint at {parts.hostname} must be https")
