@@ -7,8 +7,9 @@ ARGS ?=
 SEEDS ?= 100
 FIRST_SEED ?= 1
 FAULT ?=
+MINUTES ?= 5
 
-.PHONY: environment demo test lint simulate bench azurite dist lock clean
+.PHONY: environment demo test lint simulate fuzz bench azurite dist lock clean
 
 environment: $(STAMP)
 
@@ -35,6 +36,12 @@ lint: $(STAMP)
 
 simulate: $(STAMP)
 	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) --first-seed $(FIRST_SEED) $(if $(FAULT),--fault $(FAULT)) $(ARGS)
+
+# atheris has a wheel for some platforms only; where it has none, the same targets are fuzzed without coverage.
+fuzz: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: \
+		-r tests/fuzz/requirements.txt 1>&2
+	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(ARGS)
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.line $(ARGS)
