@@ -245,6 +245,9 @@ class Cache:
             found = await self._run(lambda: self._files_io.scan(number, end_bytes=end_bytes, verify_payloads=True))
             if found.end_bytes < end_bytes:
                 _log.error("acknowledged bytes are damaged", file=name, good=found.end_bytes, durable=end_bytes)
+            # why: a few errors in a row would otherwise fill the cache with files that hold next to nothing.
+            await self._run(lambda: self._files_io.cut(number, end_bytes=end_bytes))
+            file.size_bytes = end_bytes
         except OSError as reread_error:
             _log.error("cache file cannot be read back", file=name, error=str(reread_error))
         finally:

@@ -178,6 +178,15 @@ class CacheFiles:
         finally:
             file.close()
 
+    def cut(self, file_number: int, *, end_bytes: int) -> None:
+        """Gives back what was preallocated behind `end_bytes`. Raises OSError."""
+        file = self._directory.open(file_name(file_number))
+        try:
+            file.truncate(end_bytes)
+            file.synchronize()
+        finally:
+            file.close()
+
     def remove(self, file_number: int) -> None:
         """Durable on return. Raises OSError."""
         self._directory.remove(file_name(file_number))

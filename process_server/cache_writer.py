@@ -135,8 +135,10 @@ class CacheWriter:
                 try:
                     locations = await self._cache.append(records, has_frames=has_frames)
                 except CacheFull as error:
-                    # why: the room that is kept for closing is used up; committing will free files.
+                    # why: there was room when the batch was gathered, and an error took the file since. What closes and
+                    # commits segments stands behind this batch, so that it may take of the room that is kept for that.
                     _log.warning("cache is full to the last file", reason=str(error))
+                    has_frames = False
                     await asyncio.sleep(FULL_PAUSE_SECONDS)
                     await self._cache.remove_unused()
                     continue

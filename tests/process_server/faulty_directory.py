@@ -133,7 +133,11 @@ class FaultyFile:
         self._directory.step("write", self._name)
 
     def truncate(self, size_bytes: int) -> None:
-        raise NotImplementedError
+        """To less only. At once, and durable at once: nobody reads what is cut off."""
+        self._directory.step("truncate", self._name)
+        del self._contents.durable[size_bytes:]
+        pending = self._contents.pending
+        pending[:] = [(offset, data[: size_bytes - offset]) for offset, data in pending if offset < size_bytes]
 
     def synchronize(self) -> None:
         try:

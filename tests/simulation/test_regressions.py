@@ -46,3 +46,8 @@ def test_a_killed_process_that_is_still_unwound_takes_nothing_from_its_successor
 @pytest.mark.parametrize("seed", [2])
 def test_an_epoch_whose_cache_was_lost_is_left_even_if_the_first_attempt_to_leave_it_fails(seed):
     assert run_seed(seed).violations == []
+
+
+@pytest.mark.parametrize("seed", [20957])
+def test_a_few_errors_of_the_cache_disk_in_a_row_do_not_fill_the_cache(seed):
+    assert run_seed(seed).violations == []
