@@ -29,6 +29,9 @@ KEPT_BY_DPKG = ("/var/lib/dpkg/", "/var/log/", "/var/cache/", "/var/lib/systemd/
 ACCOUNTS = ("passwd", "group", "shadow", "gshadow", "subuid", "subgid")
 NO_ACCOUNT = "if (getent passwd; getent group) | grep farpoint; then exit 1; fi"
 
+# why: hundreds of MiB are unpacked several times, beside whatever else the machine does
+pytestmark = pytest.mark.timeout(1200)
+
 each_program = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
 
 
