@@ -9,17 +9,22 @@ from typing import Annotated, Final
 from pydantic import Field, field_validator
 
 from config_server.authority import LEAF_LIFETIME
-from protocol.control import Seconds
 from runtime.logs import LogSettings
 from runtime.observability import ListenAddress, ObservabilitySettings
 from runtime.settings import Settings
+from runtime.units import Seconds
 
 DEFAULT_PORT: Final = 8443
 DEFAULT_OBSERVABILITY_ADDRESS: Final = "127.0.0.1:9466"
 SERVER_NAMES_MAX: Final = 64
 RENEW_AFTER_SECONDS_MAX: Final = LEAF_LIFETIME.total_seconds() / 2
 """The rest of a certificate's life is for outages."""
+INTERVAL_SECONDS_MIN: Final = 0.01
+INTERVAL_SECONDS_MAX: Final = 31 * 86400.0
+"""What the control plane's messages can carry."""
 _ALL_INTERFACES: Final = ("0.0.0.0", "::")  # noqa: S104
+
+Interval = Annotated[Seconds, Field(ge=INTERVAL_SECONDS_MIN, le=INTERVAL_SECONDS_MAX)]
 
 
 class ConfigServerSettings(Settings):
@@ -29,11 +34,11 @@ class ConfigServerSettings(Settings):
     listen: str = f"{_ALL_INTERFACES[0]}:{DEFAULT_PORT}"
     server_names: Annotated[tuple[str, ...], Field(max_length=SERVER_NAMES_MAX)] = ()
     """Names and addresses by which others reach this server, beside localhost and this host's name."""
-    heartbeat_seconds: Seconds = 10.0
-    rpo_threshold_seconds: Seconds = 900.0
-    copy_interval_seconds: Seconds = 60.0
-    point_interval_seconds: Seconds = 300.0
-    renew_after_seconds: Annotated[Seconds, Field(le=RENEW_AFTER_SECONDS_MAX)] = 86400.0
+    heartbeat_seconds: Interval = 10.0
+    rpo_threshold_seconds: Interval = 900.0
+    copy_interval_seconds: Interval = 60.0
+    point_interval_seconds: Interval = 300.0
+    renew_after_seconds: Annotated[Seconds, Field(ge=INTERVAL_SECONDS_MIN, le=RENEW_AFTER_SECONDS_MAX)] = 86400.0
     """The age at which members and this server itself renew their certificates."""
     log: LogSettings = LogSettings()
     observability: ObservabilitySettings = ObservabilitySettings(address=DEFAULT_OBSERVABILITY_ADDRESS)
