@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final
 
 import structlog
 import uvloop
@@ -69,6 +69,7 @@ async def _run(main: Callable[[StopSignal], Awaitable[None]], stop_deadline_seco
         (hurry if stop.is_set() else stop).set(number.name)
 
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(report_loop_fault)
     for number in _STOP_SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
     try:
@@ -82,6 +83,17 @@ async def _run(main: Callable[[StopSignal], Awaitable[None]], stop_deadline_seco
             loop.remove_signal_handler(number)
         notify("STOPPING=1")
     return ExitCode.INTERRUPTED if signal.SIGINT in received[:1] else ExitCode.OK
+
+
+def report_loop_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What the event loop met and nobody awaits goes to the log as an error, but for one that is none."""
+    error = context.get("exception")
+    # why: uvloop's TLS answers bytes that arrive on a connection which we have just closed, finds its own end closed,
+    # and calls that fatal; the connection was over anyway. It happens when a long poll is given up at a stop.
+    if isinstance(error, RuntimeError) and str(error).endswith("the handler is closed"):
+        log.debug("bytes for a closed connection", reason=str(error))
+        return
+    loop.default_exception_handler(context)
 
 
 async def _supervise(

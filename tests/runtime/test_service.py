@@ -100,3 +100,18 @@ def test_a_service_manager_that_does_not_listen_harms_nobody(tmp_path: Path, mon
         notify_ready()
 
     assert run_service(main) is ExitCode.OK
+
+
+def test_bytes_for_a_connection_closed_at_a_stop_are_no_error_but_all_else_that_nobody_awaits_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    closed = RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+
+    async def main(stop: StopSignal) -> None:
+        handler = asyncio.get_running_loop().call_exception_handler
+        handler({"message": "Fatal error on SSL protocol", "exception": closed})
+        assert not caplog.records
+        handler({"message": "something else", "exception": RuntimeError("went wrong")})
+
+    run_service(main)
+    assert [record.message.splitlines()[0] for record in caplog.records] == ["something else"]
