@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -24,6 +26,14 @@ def replicated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicatedS
         made = replicate_two_points(site)
         site.stop()
         yield made
+
+
+def full_pipe() -> tuple[int, int]:
+    """Reader and writer of a pipe that takes nothing until it is read."""
+    reader, writer = os.pipe()
+    room_bytes = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1)
+    os.write(writer, bytes(room_bytes))
+    return reader, writer
 
 
 def recover(made: ReplicatedSite, target: Path, *options: str) -> Finished:
@@ -75,21 +85,25 @@ def test_a_file_system_without_room_is_told_and_nothing_is_left(replicated: Repl
 def test_an_interrupted_recovery_ends_with_130_and_leaves_nothing(replicated: ReplicatedSite, tmp_path: Path) -> None:
     target = tmp_path / "target"
     site = replicated.site
+    # why: nobody reads its progress, so that it stands still with its target open until the signal is there
+    reader, writer = full_pipe()
     recovering = subprocess.Popen(
         [
             *(PROGRAMS / "farpoint", "recover", "--disk", replicated.disk, "--to", target, "--json"),
             *("--store", site.store_url, "--recovery-key", site.recovery_key),
         ],
         env=clean_environment(),
-        stdout=subprocess.DEVNULL,
+        stdout=writer,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+    os.close(writer)
     try:
-        # why: the unfinished file is there before the first byte is written, so the signal always meets the work
         wait_until("it writes", lambda: list(tmp_path.iterdir()), seconds=STOP_SECONDS)
         recovering.send_signal(signal.SIGINT)
+        with open(reader, "rb") as progress:
+            progress.read()
         _, said = recovering.communicate(timeout=STOP_SECONDS)
     finally:
         recovering.kill()
