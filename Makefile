@@ -8,8 +8,9 @@ SEEDS ?= 100
 FIRST_SEED ?= 1
 FAULT ?=
 MINUTES ?= 5
+PRODUCT := protocol storage runtime mobility_agent process_server config_server recovery farpoint deploy
 
-.PHONY: environment demo test lint simulate fuzz bench azurite dist lock clean
+.PHONY: environment demo test lint audit simulate fuzz bench azurite dist lock clean
 
 environment: $(STAMP)
 
@@ -33,6 +34,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet -c pyproject.toml -r $(PRODUCT)
+
+# Whether a locked dependency has a known vulnerability; exits 3 (make: 2) where the service cannot be asked.
+audit: $(STAMP)
+	@$(BIN)/python -m deploy.audit
 
 simulate: $(STAMP)
 	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) --first-seed $(FIRST_SEED) $(if $(FAULT),--fault $(FAULT)) $(ARGS)

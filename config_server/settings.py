@@ -22,7 +22,7 @@ RENEW_AFTER_SECONDS_MAX: Final = LEAF_LIFETIME.total_seconds() / 2
 INTERVAL_SECONDS_MIN: Final = 0.01
 INTERVAL_SECONDS_MAX: Final = 31 * 86400.0
 """What the control plane's messages can carry."""
-_ALL_INTERFACES: Final = ("0.0.0.0", "::")  # noqa: S104
+_ALL_INTERFACES: Final = ("0.0.0.0", "::")  # nosec B104 # noqa: S104
 
 Interval = Annotated[Seconds, Field(ge=INTERVAL_SECONDS_MIN, le=INTERVAL_SECONDS_MAX)]
 

@@ -20,7 +20,7 @@ from runtime.settings import Loaded, load
 
 DATA_PORT: Final = 9443
 STOP_DEADLINE_SECONDS: Final = 40.0
-ALL_INTERFACES: Final = "0.0.0.0"  # noqa: S104
+ALL_INTERFACES: Final = "0.0.0.0"  # nosec B104 # noqa: S104
 
 
 @click.command("up")

@@ -22,7 +22,7 @@ from runtime.units import Bytes, Seconds
 
 PROGRAM: Final = "process-server"
 DEFAULT_DIRECTORY: Final = Path("/var/lib/farpoint/process-server")
-DEFAULT_LISTEN_ADDRESS: Final = "0.0.0.0:9443"  # noqa: S104: agents come from everywhere, and show certificates
+DEFAULT_LISTEN_ADDRESS: Final = "0.0.0.0:9443"  # agents come from everywhere, with certificates
 DEFAULT_OBSERVABILITY_ADDRESS: Final = "127.0.0.1:9465"
 
 MEBIBYTE: Final = 2**20

@@ -166,7 +166,10 @@ def _write_control(program: Program, sources: Sources, root: Path) -> None:
     control = root / "DEBIAN"
     files = sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
     size = sum(path.stat().st_size for path in files)
-    sums = [f"{hashlib.md5(path.read_bytes()).hexdigest()}  {path.relative_to(root)}\n" for path in files]  # noqa: S324
+    sums = [
+        f"{hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()}  {path.relative_to(root)}\n"
+        for path in files
+    ]
     control.mkdir()
     (control / "md5sums").write_text("".join(sums))
     (control / "conffiles").write_text(f"/etc/farpoint/{program.command}.toml\n")
