@@ -229,9 +229,11 @@ def test_a_subtype_without_a_row_ends_like_its_nearest_ancestor() -> None:
 
 
 def test_an_interrupted_process_ends_with_130_and_no_traceback() -> None:
+    # why: whoever runs these tests as a shell's background job hands an ignored SIGINT down
     code = """
-import click, time
+import click, signal, time
 from runtime.command_line import ProgramGroup
+signal.signal(signal.SIGINT, signal.default_int_handler)
 @click.group(cls=ProgramGroup)
 def program(): pass
 @program.command()
