@@ -21,7 +21,7 @@ COMMANDS: Final = {
     "points": "farpoint.listing_commands:points_command",
     "process-servers": "farpoint.listing_commands:process_servers_command",
     "recover": "farpoint.recover_command:recover_command",
-    "token": "farpoint.token_commands:token_group",  # nosec B105
+    "token": "farpoint.token_commands:token_group",
     "up": "farpoint.up_command:up_command",
     "vault": "farpoint.vault_commands:vault_group",
 }

@@ -1,6 +1,6 @@
 """The running agent's ear: a Unix socket in its state directory, for the command line of whoever owns that directory.
 
-One JSON line asks, one JSON line answers. The directory is 0700, which is all the permission there is.
+One JSON line asks, one answers. Who may ask: the directory is 0700, the socket 0600, and nothing else decides.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mobility_agent.service import AgentService
 from mobility_agent.status import status_records
 from protocol.control import PATH_LENGTH_MAX
 from protocol.errors import InvalidValue, ReplicationError
+from runtime.local_directory import FILE_MODE
 
 SOCKET_FILE: Final = "agent.socket"
 REQUEST_BYTES_MAX: Final = 4 * PATH_LENGTH_MAX
@@ -49,6 +50,8 @@ async def control_socket(directory: Path, service: AgentService, group: asyncio.
         if os.path.lexists(path):
             os.unlink(path)
         listening.bind(path)
+        # why: bind obeys the umask, and nobody can connect before the socket listens
+        os.chmod(path, FILE_MODE)
     handlers: set[asyncio.Task[None]] = set()
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -18,6 +18,7 @@ import click
 from protocol.errors import ReplicationError
 from runtime.exit_codes import ExitCode, exit_code_of, expected_errors, is_expected
 from runtime.output import Output, notice
+from runtime.process_memory import forbid_memory_dumps
 from runtime.settings import Loaded, Settings, load, parse_assignments, values_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -44,6 +45,7 @@ class ProgramGroup(click.Group):
         sys.exit(self._run(arguments, prog_name, options))
 
     def _run(self, arguments: list[str], prog_name: str | None, options: dict[str, Any]) -> int:
+        forbid_memory_dumps()
         debug = "--debug" in arguments
         try:
             result = super().main(arguments, prog_name, standalone_mode=False, **options)

@@ -114,10 +114,12 @@ class Server:
         *arguments: object,
         log_path: Path,
         is_up: Callable[[], bool],
+        inside: Sequence[str] = (),
     ) -> None:
-        """is_up: whether it answers; asked until it does."""
+        """is_up: whether it answers; asked until it does. inside: a command that becomes the program, elsewhere."""
         self.name = name
         self.log_path = log_path
+        self._inside = tuple(inside)
         self._command = (str(PROGRAMS / program), *map(str, arguments))
         self._is_up = is_up
         self._process: subprocess.Popen[bytes] | None = None
@@ -127,9 +129,18 @@ class Server:
         return self._process is not None and self._process.poll() is None
 
     @property
-    def process_id(self) -> int:
+    def process(self) -> subprocess.Popen[bytes]:
         assert self._process is not None, f"{self.name} was never started"
-        return self._process.pid
+        return self._process
+
+    @property
+    def process_id(self) -> int:
+        return self.process.pid
+
+    @property
+    def ended_with(self) -> int | None:
+        """Its exit status, the negative number of a signal; None while it runs and before its first start."""
+        return None if self._process is None else self._process.poll()
 
     @property
     def log(self) -> str:
@@ -139,12 +150,12 @@ class Server:
         lines = self.log.splitlines()[-LOG_LINES_SHOWN:]
         return "\n".join([f"--- the end of {self.log_path}:", *lines])
 
-    def start(self, *, wait: bool = True) -> None:
-        """wait: returns when it answers."""
+    def start(self, *, wait: bool = True, under: Sequence[str] = ()) -> None:
+        """wait: returns when it answers. under: a command that becomes the program, watching it."""
         assert not self.is_running, f"{self.name} is running already"
         with open(self.log_path, "ab") as log:
             self._process = subprocess.Popen(
-                self._command,
+                (*self._inside, *under, *self._command),
                 env=clean_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -13,7 +13,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -62,8 +62,8 @@ def _assignments(settings: Mapping[str, object] | None) -> list[str]:
 class Endpoint:
     """A program's /healthz, /readyz and /metrics."""
 
-    def __init__(self) -> None:
-        self.address = f"127.0.0.1:{free_port()}"
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self.address = f"{host}:{free_port()}"
 
     def answers(self) -> bool:
         return self._get("healthz")[0] == 200
@@ -87,6 +87,10 @@ class Endpoint:
             for sample in family.samples
         }
 
+    def page(self, path: str) -> str:
+        """What it says; empty if it does not answer."""
+        return self._get(path)[1]
+
     def _get(self, path: str) -> tuple[int, str]:
         try:
             with urllib.request.urlopen(f"http://{self.address}/{path}", timeout=5) as answer:
@@ -103,15 +107,17 @@ class Agent:
     def __init__(self, site: Site, name: str) -> None:
         self.name = name
         self.directory = site.root / name
-        self.endpoint = Endpoint()
+        self.endpoint = Endpoint(site.agent_host)
         self.server = Server(
             name,
             "mobility-agent",
             *("run", "--dir", self.directory),
             *("--set", f"observability.address={self.endpoint.address}"),
             *("--set", f"reconnect_seconds_max={RECONNECT_SECONDS_MAX}"),
+            *_assignments(site.agent_settings),
             log_path=site.root / f"{name}.log",
             is_up=self.endpoint.answers,
+            inside=site.agents_inside,
         )
         self._site = site
 
@@ -119,7 +125,7 @@ class Agent:
         return call_command(
             "mobility-agent",
             *("enroll", "--dir", self.directory),
-            *("--server", server_url or self._site.server_url),
+            *("--server", server_url or self._site.members_url),
             *("--token-file", token_file or self._site.token("agent")),
         )
 
@@ -157,6 +163,15 @@ class Agent:
 class Site(AbstractContextManager["Site"]):
     """The servers and the operator's view of them. `with Site(directory) as site:` makes and starts them."""
 
+    members_url: str
+    """By which agents and process servers reach the configuration server; operators take `server_url`."""
+    agent_host = "127.0.0.1"
+    """Where the endpoints of agents listen."""
+    agents_inside: Sequence[str] = ()
+    """A command that becomes an agent, in another place."""
+    agent_settings: Mapping[str, object] = {}
+    """On top of the usual ones, for agents made from now on."""
+
     def __init__(
         self,
         root: Path,
@@ -173,7 +188,7 @@ class Site(AbstractContextManager["Site"]):
         self.config_directory = root / "config-server"
         self._tokens = 0
         port, self.data_port = free_port(), free_port()
-        self.server_url = f"https://127.0.0.1:{port}"
+        self.server_url = self.members_url = f"https://127.0.0.1:{port}"
         self.config_endpoint, self.process_endpoint = Endpoint(), Endpoint()
         self.config_server = Server(
             "config-server",
@@ -343,7 +358,7 @@ class Site(AbstractContextManager["Site"]):
     def enroll_process_server(self, directory: Path, *, token_file: Path | None = None) -> Finished:
         return call_command(
             "process-server",
-            *("enroll", "--dir", directory, "--server", self.server_url),
+            *("enroll", "--dir", directory, "--server", self.members_url),
             *("--token-file", token_file or self.token("process-server")),
         )
 

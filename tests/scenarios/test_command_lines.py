@@ -119,29 +119,6 @@ def test_a_configuration_server_is_never_made_over_another(site: Site) -> None:
     }
 
 
-def test_secrets_are_readable_by_their_owner_only(replicated: ReplicatedSite) -> None:
-    site = replicated.site
-    secrets = [
-        site.recovery_key,
-        site.root / "vault-authority.key",
-        site.config_directory / "admin-token",
-        site.config_directory / "authority-key.pem",
-        site.config_directory / "vault-authority-key.json",
-        replicated.agent.directory / "credentials.pem",
-        site.process_directory / "credentials.pem",
-    ]
-    assert {path.name: oct(path.stat().st_mode & 0o777) for path in secrets} == {path.name: "0o600" for path in secrets}
-
-
-def test_no_log_holds_a_secret(replicated: ReplicatedSite) -> None:
-    site = replicated.site
-    admin_token = (site.config_directory / "admin-token").read_text().strip()
-    token = site.token("agent").read_text().strip()
-    for server in site.servers:
-        for secret in (admin_token, token.split(".")[1], "PRIVATE KEY"):
-            assert secret not in server.log, server.name
-
-
 def test_every_endpoint_answers(replicated: ReplicatedSite) -> None:
     site = replicated.site
     for endpoint, prefix in (
