@@ -4,13 +4,18 @@ logged."""
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Final
+
+import structlog
 
 from runtime.errors import SecretExists, SecretMissing, SecretUnreadable
 from runtime.local_directory import FILE_MODE, synchronize_directory, write_fully
 
 SECRET_BYTES_MAX: Final = 2**20
+
+log = structlog.get_logger(__name__)
 
 
 def write_secret(path: Path | str, data: bytes) -> None:
@@ -39,11 +44,16 @@ def write_secret(path: Path | str, data: bytes) -> None:
 
 
 def read_secret(path: Path | str) -> bytes:
-    """The contents of a secret file. Raises SecretMissing or SecretUnreadable (not permitted, a directory, over 1
-    MiB)."""
+    """The contents of a secret file; a warning if everybody on this machine may read it.
+
+    Raises SecretMissing or SecretUnreadable (not permitted, a directory, over 1 MiB).
+    """
     path = Path(path)
     try:
         with open(path, "rb") as file:
+            # why not refused: container platforms mount secrets so, where nobody else is
+            if os.fstat(file.fileno()).st_mode & stat.S_IROTH:
+                log.warning("everybody on this machine can read a secret: chmod 600", path=str(path))
             data = file.read(SECRET_BYTES_MAX + 1)
     except FileNotFoundError as error:
         raise SecretMissing(path=path) from error

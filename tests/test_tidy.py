@@ -316,6 +316,17 @@ def test_the_document_lists_each_setting_once_under_its_program() -> None:
     )
 
 
+def test_what_documents_name_as_evidence_exists() -> None:
+    code = "\n".join(path.read_text("utf-8") for path in python_files())
+    known = set(re.findall(r"def (test_\w+)", code)) | {path.name for path in tracked_files()}
+    places: list[str] = []
+    for path in tracked_files():
+        if path.suffix == ".md":
+            words = re.findall(r"`(tests/[\w./-]+|test_\w+(?:\.py)?)`", path.read_text("utf-8"))
+            places += [f"{name_of(path)}: {word}" for word in words if word not in known and not (ROOT / word).exists()]
+    refuse(places, "A test or a file that a document names must exist: name the one that shows it.")
+
+
 LONG_FUNCTION = '"""Long."""\ndef long():\n' + "    x = 1\n" * FUNCTION_LINES_MAX
 PLANTED = [
     (test_functions_fit_a_screen, "tests/x.py", LONG_FUNCTION),

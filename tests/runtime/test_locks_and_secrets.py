@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from runtime.errors import SecretExists, SecretMissing, SecretUnreadable, StateLocked
 from runtime.exit_codes import ExitCode, exit_code_of
@@ -59,6 +60,16 @@ def test_a_secret_is_for_its_owner_only_whatever_the_umask(tmp_path: Path) -> No
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
     assert read_secret(tmp_path / "key") == b"secret"
+
+
+@pytest.mark.parametrize(("mode", "is_told"), [(0o600, False), (0o440, False), (0o644, True)])
+def test_a_secret_that_everybody_can_read_is_told(tmp_path: Path, mode: int, is_told: bool) -> None:
+    path = tmp_path / "key"
+    write_secret(path, b"secret")
+    path.chmod(mode)
+    with capture_logs() as logs:
+        assert read_secret(path) == b"secret"
+    assert [entry.get("path") for entry in logs] == [str(path)] * is_told
 
 
 def test_a_secret_is_never_overwritten_nor_written_through_a_link(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ answers, errors, databases, caches, the store, core dumps."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 import random
@@ -21,7 +22,10 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from config_server.installation import ADMIN_TOKEN_FILE
+from recovery.opened_vault import open_vault
 from runtime.exit_codes import ExitCode
+from storage.backends.open_store import open_store
+from storage.keys import parse_recovery_key, unwrap_data_key
 from tests.scenarios.conftest import ReplicatedSite, replicate_two_points
 from tests.scenarios.processes import Finished, run_command
 from tests.scenarios.site import Site
@@ -62,7 +66,25 @@ def secrets(talkative: ReplicatedSite) -> dict[str, bytes]:
         found[f"secret of {path.name}, raw"] = base64.urlsafe_b64decode(secret + "=")
     for path in key_files(talkative):
         found |= {f"private key {number} of {path}": key for number, key in enumerate(private_keys(path))}
-    return found
+    return found | asyncio.run(vault_keys(talkative))
+
+
+async def vault_keys(made: ReplicatedSite) -> dict[str, bytes]:
+    """What the recovery key opens: the vault's private key, and the data key of every segment."""
+    key = parse_recovery_key(made.site.recovery_key.read_bytes(), path="recovery key", passphrase=None)
+    store = open_store(made.site.store_url)
+    vault = await open_vault(store, key)
+    found = {"vault's private key": vault.private_key.private_bytes_raw()}
+    catalogue = await vault.catalogue(made.disk)
+    for segment in catalogue.path_to(catalogue.points[-1]):
+        opening = segment.header.opening
+        names = {name: getattr(opening, name) for name in ("vault", "machine", "disk", "epoch", "ordinal")}
+        for number, wrapped in enumerate(opening.wrapped_keys):
+            data_key = unwrap_data_key(wrapped, vault.private_key, name=str(segment.name), **names)
+            found[f"data key {number} of {segment.name}"] = data_key
+    await store.close()
+    assert len(found) > 1
+    return found | {f"{name}, in text": base64.b64encode(key) for name, key in found.items()}
 
 
 def key_files(made: ReplicatedSite) -> list[Path]:
@@ -136,7 +158,9 @@ def test_no_running_program_shows_a_secret_to_others(talkative: ReplicatedSite, 
             assert not leaks(shown, secrets), (server.name, file)
 
 
-def test_storage_and_cache_hold_no_contents_and_no_key(talkative: ReplicatedSite, secrets: dict[str, bytes]) -> None:
+def test_no_file_of_a_process_server_and_none_in_the_store_holds_contents_or_a_key_that_opens_them(
+    talkative: ReplicatedSite, secrets: dict[str, bytes]
+) -> None:
     site = talkative.site
     for path in files_under(site.store_directory, site.process_directory, but=key_files(talkative)):
         assert not leaks(path.read_bytes(), secrets | contents_of(talkative)), path
