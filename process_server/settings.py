@@ -13,6 +13,7 @@ from typing import Annotated, Final
 
 from pydantic import Field, field_validator, model_validator
 
+from process_server.core.backpressure import FRAME_ROOM_BYTES_MIN
 from protocol.errors import InvalidValue
 from protocol.vocabulary import check_range
 from runtime.logs import LogSettings
@@ -27,6 +28,7 @@ DEFAULT_OBSERVABILITY_ADDRESS: Final = "127.0.0.1:9465"
 
 MEBIBYTE: Final = 2**20
 GIBIBYTE: Final = 2**30
+CACHE_BYTES_MIN: Final = 8 * MEBIBYTE
 CACHE_FILE_BYTES_MIN: Final = 64 * 1024
 
 
@@ -55,6 +57,11 @@ class ProcessServerLimits:
     def __post_init__(self) -> None:
         check_range(self.cache_file_bytes, "cache_file_bytes", low=CACHE_FILE_BYTES_MIN, high=2**40)
         check_range(self.cache_bytes_max, "cache_bytes_max", low=4 * self.cache_file_bytes, high=2**60)
+        # why: two files may hold nothing that can be removed, and the end of any other may be too short for a record
+        frame_room_bytes = (self.cache_bytes_max // self.cache_file_bytes - 2) * (self.cache_file_bytes // 2)
+        if frame_room_bytes < FRAME_ROOM_BYTES_MIN:
+            rule = f"must leave room for a whole frame beside two files of {self.cache_file_bytes} bytes"
+            raise InvalidValue(what="cache_bytes_max", value=self.cache_bytes_max, rule=rule)
         check_range(self.segment_stored_bytes_due, "segment_stored_bytes_due", low=1, high=16 * MEBIBYTE)
         check_range(self.compression_level, "compression_level", low=-7, high=19)
         check_range(self.uploads_per_disk_max, "uploads_per_disk_max", low=1, high=32)
@@ -75,7 +82,7 @@ class ProcessServerSettings(Settings):
     """HOST:PORT for agents."""
     host: Annotated[str, Field(min_length=1, max_length=255)] = Field(default_factory=socket.gethostname)
     """By what name or address agents reach this process server; they are told so by the configuration server."""
-    cache_bytes_max: Annotated[Bytes, Field(ge=4 * CACHE_FILE_BYTES_MIN)] = 16 * GIBIBYTE
+    cache_bytes_max: Annotated[Bytes, Field(ge=CACHE_BYTES_MIN)] = 16 * GIBIBYTE
     """The cache's hard limit on its disk."""
     cache_file_bytes: Annotated[Bytes, Field(ge=CACHE_FILE_BYTES_MIN)] = 256 * MEBIBYTE
     segment_stored_bytes_due: Annotated[Bytes, Field(ge=2**16, le=16 * MEBIBYTE)] = 8 * MEBIBYTE

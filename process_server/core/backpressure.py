@@ -24,6 +24,9 @@ CACHE_EXPANSION_NUMERATOR: Final = 9
 CACHE_EXPANSION_DENOMINATOR: Final = 8
 """A body takes at most this much of the cache, records and padding included, once bodies of a batch reach 64 KiB."""
 
+FRAME_ROOM_BYTES_MIN: Final = -(-FRAME_BODY_BYTES_MAX * CACHE_EXPANSION_NUMERATOR // CACHE_EXPANSION_DENOMINATOR)
+"""With less room in the cache nobody gets credit."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:

@@ -14,9 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 from process_server.__main__ import main
+from process_server.cache import FILE_END_BYTES
+from process_server.core.backpressure import ConnectionCredit, Load, window_bytes
 from process_server.grants import save_grants
 from process_server.program import ProcessServerProgram
-from process_server.settings import PROGRAM, ProcessServerSettings
+from process_server.settings import PROGRAM, ProcessServerLimits, ProcessServerSettings
 from protocol.enrollment import (
     AUTHORITY_FILE,
     CREDENTIALS_FILE,
@@ -25,7 +27,7 @@ from protocol.enrollment import (
     EnrolledIdentity,
     signing_key_pem,
 )
-from protocol.errors import CertificateRefused, ConnectionLost, PortTaken
+from protocol.errors import CertificateRefused, ConnectionLost, InvalidValue, PortTaken
 from protocol.messages import Goodbye
 from protocol.transport.channel import connect
 from protocol.transport.tls import client_context
@@ -225,10 +227,30 @@ def test_a_small_cache_limit_makes_smaller_files() -> None:
     assert limits.cache_bytes_max == 64 * 2**20
 
 
+@pytest.mark.parametrize("megabytes", [4, 5, 8, 9, 64])
+@pytest.mark.parametrize("file_kibibytes", [64, 256, 1024, 2048, 16384])
+def test_a_cache_whose_limits_are_accepted_grants_credit_at_its_worst(megabytes: int, file_kibibytes: int) -> None:
+    cache_bytes, file_bytes = megabytes * 2**20, file_kibibytes * 2**10
+    try:
+        ProcessServerLimits(cache_bytes_max=cache_bytes, cache_file_bytes=file_bytes)
+    except InvalidValue:
+        return
+    # why: as Cache.room_bytes has it, with one file full of what is committed and no successor to remove it for
+    room_bytes = (cache_bytes // file_bytes - 2) * max(file_bytes - FILE_END_BYTES, file_bytes // 2)
+    load = Load(cache_room_bytes=room_bytes, memory_bytes_max=2**30, connections=1, promised_bytes=0)
+    assert window_bytes(load, ConnectionCredit())
+
+
+def test_a_cache_too_small_for_a_frame_is_refused() -> None:
+    with pytest.raises(InvalidValue, match="whole frame"):
+        ProcessServerLimits(cache_bytes_max=4 * 2**20, cache_file_bytes=2**20)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("cache_bytes_max", "1 KiB"),
+        ("cache_bytes_max", "7 MiB"),
         ("compression_level", "99"),
         ("listen", "nowhere"),
         ("segment_age_seconds_max", "9"),
