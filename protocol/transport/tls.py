@@ -35,7 +35,6 @@ _REFUSALS_BY_PEER: Final = {
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the peer requires a certificate",
     "SSLV3_ALERT_BAD_CERTIFICATE": "the peer found it bad",
     "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "the peer does not support it",
-    "SSLV3_ALERT_CERTIFICATE_REVOKED": "it has been revoked",
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "it has expired, by the peer's clock",
     "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "the peer did not accept it",
     "TLSV1_ALERT_ACCESS_DENIED": "the peer denied access",
@@ -48,29 +47,22 @@ class IdentityContext(ssl.SSLContext):
     identity: PeerIdentity
 
 
-def server_context(
-    certificate_path: Path, key_path: Path, authority_path: Path, *, revocation_list: Path | None = None
-) -> IdentityContext:
+def server_context(certificate_path: Path, key_path: Path, authority_path: Path) -> IdentityContext:
     """What a process server listens with. All files are PEM; one file may hold certificate and key.
 
-    revocation_list: a CRL of the authority; with one, a certificate on it is refused, and so is every certificate
-    once the list's next update is past. Raises CertificateUnusable.
+    Revocation is not looked at here: it goes by serial number, on live connections too. Raises CertificateUnusable.
     """
-    context = _context(ssl.PROTOCOL_TLS_SERVER, certificate_path, key_path, authority_path, revocation_list)
+    context = _context(ssl.PROTOCOL_TLS_SERVER, certificate_path, key_path, authority_path)
     context.num_tickets = 0
     return context
 
 
-def client_context(
-    certificate_path: Path, key_path: Path, authority_path: Path, *, revocation_list: Path | None = None
-) -> IdentityContext:
+def client_context(certificate_path: Path, key_path: Path, authority_path: Path) -> IdentityContext:
     """What an agent connects with; as server_context()."""
-    return _context(ssl.PROTOCOL_TLS_CLIENT, certificate_path, key_path, authority_path, revocation_list)
+    return _context(ssl.PROTOCOL_TLS_CLIENT, certificate_path, key_path, authority_path)
 
 
-def _context(
-    protocol: int, certificate_path: Path, key_path: Path, authority_path: Path, revocation_list: Path | None
-) -> IdentityContext:
+def _context(protocol: int, certificate_path: Path, key_path: Path, authority_path: Path) -> IdentityContext:
     context = IdentityContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False  # why: see above, the URI name is checked instead
@@ -81,10 +73,6 @@ def _context(
         context.load_cert_chain(certificate_path, key_path)
         path = authority_path
         context.load_verify_locations(authority_path)
-        if revocation_list is not None:
-            path = revocation_list
-            context.load_verify_locations(revocation_list)
-            context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
     except (OSError, ValueError, InvalidValue, *CERTIFICATE_ERRORS) as error:
         raise CertificateUnusable(path=str(path), reason=str(error)) from error
     return context

@@ -82,18 +82,3 @@ class Authority:
             )
         )
         return Leaf(path=path, authority_path=(trusts or self).path, serial=serial)
-
-    def revoke(self, *leaves: Leaf) -> Path:
-        """A revocation list naming these."""
-        builder = (
-            x509.CertificateRevocationListBuilder()
-            .issuer_name(self._name)
-            .last_update(self.now - DAY)
-            .next_update(self.now + DAY)
-        )
-        for leaf in leaves:
-            revoked = x509.RevokedCertificateBuilder().serial_number(leaf.serial).revocation_date(self.now - DAY)
-            builder = builder.add_revoked_certificate(revoked.build())
-        path = self._directory / "revoked.pem"
-        path.write_bytes(builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
-        return path

@@ -303,30 +303,6 @@ def test_a_connection_ends_with_the_certificate_that_made_it(
     run(scenario)
 
 
-def test_a_revoked_certificate_is_refused_from_the_next_connection_on(run: Run, certificates: Certificates) -> None:
-    revoked = certificates.authority.issue(AGENT.uri, file_name="revoked-agent")
-    revocation_list = certificates.authority.revoke(revoked)
-
-    async def scenario() -> None:
-        failures = Failures()
-        async with serving(certificates.server(certificates.process_server), on_failed=failures) as listener:
-            channel = await connect("127.0.0.1", listener.port, tls=certificates.client(revoked))
-            listener.use_context(certificates.server(certificates.process_server, revocation_list=revocation_list))
-            await channel.send(Goodbye(reason="done"))
-            assert (await channel.receive()).message == Goodbye(reason="done")
-            await channel.close()
-            error = await first_error(listener, certificates.client(revoked))
-            assert isinstance(error, CertificateRefused)
-            assert "revoked" in str(error)
-            assert "revoked" in str(await failures.next())
-            good = await connect("127.0.0.1", listener.port, tls=certificates.client(certificates.agent))
-            await good.send(Goodbye(reason="done"))
-            await good.receive()
-            await good.close()
-
-    run(scenario)
-
-
 def test_a_client_in_a_wrong_role_or_of_another_vault_is_refused_by_message(
     run: Run, certificates: Certificates
 ) -> None:

@@ -51,16 +51,15 @@ def test_missing_or_damaged_files_are_named(tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.pem"
     damaged.write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
     missing = tmp_path / "missing.pem"
-    for certificate, key, authority, revoked, culprit in (
-        (missing, missing, leaf.authority_path, None, missing),
-        (damaged, damaged, leaf.authority_path, None, damaged),
-        (leaf.path, other.path, leaf.authority_path, None, leaf.path),
-        (leaf.path, leaf.path, missing, None, missing),
-        (leaf.path, leaf.path, damaged, None, damaged),
-        (leaf.path, leaf.path, leaf.authority_path, missing, missing),
+    for certificate, key, authority, culprit in (
+        (missing, missing, leaf.authority_path, missing),
+        (damaged, damaged, leaf.authority_path, damaged),
+        (leaf.path, other.path, leaf.authority_path, leaf.path),
+        (leaf.path, leaf.path, missing, missing),
+        (leaf.path, leaf.path, damaged, damaged),
     ):
         with pytest.raises(CertificateUnusable) as caught:
-            server_context(certificate, key, authority, revocation_list=revoked)
+            server_context(certificate, key, authority)
         assert caught.value.fields["path"] == str(culprit)
         assert caught.value.hint
 
