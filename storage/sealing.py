@@ -1,8 +1,8 @@
 """Sealing frames into records and opening them again: compress, then encrypt; verify, then decompress with a bound.
 
 A nonce number is never used twice by one sealer, and a data key belongs to one sealer only. A payload that arrives
-compressed passes through unopened, but what its zstd header claims is checked, so that all that is sealed can be
-opened.
+compressed passes through unopened: what its zstd header claims is checked, so that opening it is bounded; that the rest
+is whole is its agent's word, and opening it tells.
 """
 
 from __future__ import annotations
