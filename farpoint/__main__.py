@@ -17,7 +17,7 @@ from runtime.logs import LogSettings, configure_logs
 COMMANDS: Final = {
     "demo": "farpoint.demo.command:demo_command",
     "disks": "farpoint.listing_commands:disks_command",
-    "machines": "farpoint.listing_commands:machines_command",
+    "machines": "farpoint.machine_commands:machines_group",
     "points": "farpoint.listing_commands:points_command",
     "process-servers": "farpoint.listing_commands:process_servers_command",
     "recover": "farpoint.recover_command:recover_command",

@@ -32,11 +32,8 @@ POINT_COLUMNS = {
 }
 
 
-@click.command("machines")
-@output_option
-@server_options
-def machines_command(loaded: Loaded[FarpointSettings], output: Output) -> ExitCode:
-    """The protected machines, as the configuration server knows them."""
+def list_machines(loaded: Loaded[FarpointSettings], output: Output) -> ExitCode:
+    """`farpoint machines`: as the configuration server knows them."""
 
     async def work() -> None:
         async with operator_of(loaded.settings) as operator:

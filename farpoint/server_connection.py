@@ -56,17 +56,23 @@ class UpDescription:
             raise MalformedInput(what=str(path), reason=str(error)) from error
 
 
+def server_url_of(settings: FarpointSettings) -> str:
+    """Where operators reach the configuration server. Raises OptionMissing, DirectoryNotUp."""
+    if settings.server is not None:
+        return settings.server
+    if settings.dir is not None:
+        return UpDescription.read(settings.dir).server_url
+    raise OptionMissing(option="--server (or --dir)", purpose="https://HOST:PORT of the configuration server")
+
+
 @asynccontextmanager
 async def operator_of(settings: FarpointSettings) -> AsyncIterator[OperatorClient]:
     """The configuration server. Raises OptionMissing, DirectoryNotUp, SecretMissing."""
-    server, authority, token = settings.server, settings.ca, settings.admin_token_file
+    server, authority, token = server_url_of(settings), settings.ca, settings.admin_token_file
     if settings.dir is not None:
         up = UpDescription.read(settings.dir)
-        server = server or up.server_url
         authority = authority or up.authority_file
         token = token or up.admin_token_file
-    if server is None:
-        raise OptionMissing(option="--server (or --dir)", purpose="https://HOST:PORT of the configuration server")
     if authority is None:
         raise OptionMissing(option="--ca", purpose="the file authority.pem of the configuration server")
     if token is None:

@@ -32,17 +32,19 @@ _ENDS_WITH: dict[ExitCode, tuple[str, ...]] = {
     ExitCode.USAGE: (
         "setting-unknown", "setting-invalid", "settings-file-invalid", "store-url-invalid", "join-token-malformed",
         "point-selector-invalid", "point-ambiguous", "disk-ambiguous", "passphrase-missing", "passphrase-empty",
-        "device-not-confirmed",
+        "device-not-confirmed", "package-invalid", "known-hosts-unusable",
     ),
     ExitCode.NOT_FOUND: (
         "not-found", "object-not-found", "disk-not-found", "point-not-found", "position-not-found", "disk-vanished",
         "store-missing", "target-missing", "secret-missing", "not-a-vault", "not-enrolled", "not-initialised",
+        "package-missing",
     ),
-    ExitCode.LOCKED: ("state-locked", "target-in-use"),
+    ExitCode.LOCKED: ("state-locked", "target-in-use", "host-locked"),
     ExitCode.NOT_PERMITTED: (
         "not-permitted", "store-not-permitted", "disk-permission-denied", "disk-of-another-machine",
         "credential-missing", "join-token-wrong", "join-token-used", "join-token-expired",
-        "join-token-for-another-role",
+        "join-token-for-another-role", "host-key-unknown", "host-key-changed", "host-key-refused", "login-refused",
+        "root-needed",
     ),
 }  # fmt: skip
 

@@ -1,0 +1,1 @@
+"""`farpoint machines install`: puts the mobility agent onto machines over SSH, and makes them members of the vault."""
