@@ -201,8 +201,10 @@ class OpenedVault:
 
     async def catalogue(self, disk: DiskId) -> DiskCatalogue:
         """Reads and verifies the disk's whole history, without its frames. Raises StoreFault."""
-        history = await self._archive.history(disk)
+        # why: a point's record follows its segments. Read the other way round, a point that is committed in between
+        # would seem to have lost them.
         stored = await self._records.list_points()
+        history = await self._archive.history(disk)
         recorded = {record.point: _recorded_point(record, disk) for record in stored.records}
         points = {point.point: point for point in history.points}
         disputed: dict[PointId, str] = {}

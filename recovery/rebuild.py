@@ -20,6 +20,7 @@ from protocol.vocabulary import EXTENT_DTYPE, EXTENT_LENGTH_BYTES_MAX, ChangeKin
 from recovery.core.rebuild_plan import FramePieces, RebuildPlan, plan_rebuild
 from recovery.image_writer import ImageTarget
 from recovery.opened_vault import DiskCatalogue, OpenedVault, StoredDisk
+from runtime.blocking import finished
 from storage.errors import VaultFault
 from storage.frame_record import FrameRecord
 from storage.history import HistoryPoint
@@ -197,21 +198,7 @@ class _Rebuild:
     async def _call(self, function: Callable[[], _Result]) -> _Result:
         """Runs it in the executor; returns, even when cancelled, only when it has ended: the target may then be
         closed."""
-        future = asyncio.get_running_loop().run_in_executor(self._executor, function)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await _outlast(future)
-            raise
-
-
-async def _outlast(future: asyncio.Future[Any]) -> None:
-    while not future.done():
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError:
-            # why: the caller raises the one that it caught; meanwhile the thread still writes
-            continue
+        return await finished(asyncio.get_running_loop().run_in_executor(self._executor, function))
 
 
 def _ignore(progress: RebuildProgress) -> None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 from blake3 import blake3
 
+from protocol.vocabulary import DiskId
 from recovery.core.instants import instant_text
-from recovery.errors import DeviceHalfWritten, NewestPointHidden, PointDamaged, PointDisputed, TargetExists
+from recovery.errors import DeviceHalfWritten, NewestPointHidden, PointDamaged, PointDisputed, TargetExists, TargetFull
 from recovery.image_writer import open_target
 from recovery.opened_vault import OpenedVault, open_vault
 from recovery.rebuild import RebuildProgress, plan_recovery, rebuild_disk
 from recovery.verification import image_digest
 from storage.backends.local_directory import LocalDirectoryStore
 from storage.errors import NotAVault, WrongRecoveryKey
-from storage.history import UPLOADS_IN_FLIGHT_MAX
+from storage.history import UPLOADS_IN_FLIGHT_MAX, DiskHistory
 from storage.keys import parse_recovery_key, serialise_recovery_key
 from tests.recovery.made_vault import DISK, MadePoint, MadeVault, erase, make_filled_vault, make_vault, noise, write
 from tests.storage.segment_writer import new_vault
@@ -277,6 +282,79 @@ async def test_a_cancelled_rebuild_leaves_nothing(tmp_path: Path) -> None:
         running = group.create_task(rebuild_disk(vault, plan, target, executor=None, on_progress=cancel))
     assert running.cancelled()
     assert not list(tmp_path.glob("image*"))
+
+
+async def test_writes_that_fail_together_are_told_once_and_none_is_left_to_the_loop(tmp_path: Path) -> None:
+    """Found by torture: ENOSPC at all writes of a recovery ended with its error, and a traceback beside it."""
+    made = await make_vault(tmp_path)
+    for number in range(3):
+        await made.change(write(number * 2**20, noise(number, 2**20)), point=True)
+    vault = await opened(made)
+    plan = await plan_recovery(vault, await vault.find_disk(DISK), "latest", executor=None)
+    loop = asyncio.get_running_loop()
+    told: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: told.append(context))
+    target = FailingTarget(loop)
+    with ThreadPoolExecutor() as executor, pytest.raises(TargetFull):
+        await rebuild_disk(vault, plan, target, executor=executor)
+    assert target.failures > 1
+    gc.collect()
+    assert not told
+
+
+class FailingTarget:
+    """The first write fails at once, every other when the first one's failure has ended the rebuild."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.failures = 0
+        self._loop = loop
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def prepare(self, holes: object, *, data_bytes: int) -> None:
+        return
+
+    def write(self, offset_bytes: int, data: memoryview) -> None:
+        with self._lock:
+            self.failures += 1
+            is_first = self.failures == 1
+        while not is_first and not self._is_ending():
+            continue
+        raise TargetFull(path=Path("nowhere"), needed_bytes=1)
+
+    def finish(self) -> None:
+        raise AssertionError("nothing was written")
+
+    def _is_ending(self) -> bool:
+        asked: Future[bool] = Future()
+        self._loop.call_soon_threadsafe(
+            lambda: asked.set_result(any(task.cancelling() for task in asyncio.all_tasks(self._loop)))
+        )
+        return asked.result()
+
+
+async def test_a_point_that_is_committed_while_the_vault_is_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by torture: a recovery of `latest` beside running replication called the newest point damaged."""
+    made = await make_filled_vault(tmp_path)
+    newest = made.points[-1].point
+    vault = await opened(made)
+    read_history = vault.archive.history
+
+    async def history(disk: DiskId) -> DiskHistory:
+        found = await read_history(disk)
+        await made.change(write(0, noise(9, 4096)), point=True)
+        return found
+
+    monkeypatch.setattr(vault.archive, "history", history)
+    assert (await vault.catalogue(DISK)).choose("latest").point == newest
+    assert (await vault.catalogue(DISK)).choose("latest").point != newest
 
 
 async def test_another_vaults_key_and_a_revoked_key_are_refused(tmp_path: Path) -> None:
