@@ -20,11 +20,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from protocol.control import CertificateBundle
 from protocol.control_errors import CertificateRequestInvalid
-from protocol.enrollment import common_name, public_key_hash
+from protocol.enrollment import LEAF_LIFETIME, common_name, public_key_hash
 from protocol.errors import MalformedInput
 from protocol.vocabulary import PeerIdentity, Role, VaultId
 
-LEAF_LIFETIME: Final = datetime.timedelta(days=14)
 AUTHORITY_LIFETIME: Final = datetime.timedelta(days=3650)
 BACKDATED: Final = datetime.timedelta(minutes=5)
 """By how much a newcomer's clock may be behind when the authority is new. A leaf begins where its authority does."""

@@ -6,6 +6,7 @@ Invariant: what was answered is in the database; stopping or being killed at any
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from config_server.admission import AdmissionOffice
 from config_server.announcements import Announcements
 from config_server.api.application import make_application
 from config_server.api.routes import Rooms
+from config_server.authority import IssuedCertificate
 from config_server.clock import ServerClock
 from config_server.control_plane import ControlPlane
 from config_server.database.engine import Database, open_database
@@ -38,7 +40,7 @@ from protocol.errors import ReplicationError
 from runtime.clock import Clock, SystemClock
 from runtime.local_directory import LocalDirectory
 from runtime.locks import exclusive_lock
-from runtime.metrics import register_process_metrics
+from runtime.metrics import register_certificate_expiry, register_process_metrics
 from runtime.observability import ListenAddress, listening, observability_endpoint
 from runtime.service import StopSignal, notify_ready
 
@@ -67,7 +69,7 @@ class ConfigServer:
         self._clock: Clock = clock or SystemClock()
         self._registry = registry or CollectorRegistry()
         self._faults: list[str] = ["starting"]
-        self._certified_ns = 0
+        self._certificate: IssuedCertificate | None = None
 
     async def run(self, stop: StopSignal, *, on_ready: Callable[[ListenAddress], None] | None = None) -> None:
         """Serves until `stop` is set. on_ready is called with the address once requests are answered.
@@ -96,6 +98,7 @@ class ConfigServer:
         announcements = Announcements()
         metrics = ConfigServerMetrics(self._registry)
         register_process_metrics(self._registry, program="config-server")
+        register_certificate_expiry(self._registry, self._certificate_expires_seconds)
         rooms = self._rooms(installation, database, clock, announcements)
         context = _tls_context(installation)
         await self._renew_own_certificate(installation, context)
@@ -194,8 +197,8 @@ class ConfigServer:
     async def _keep_own_certificate(self, installation: Installation, context: ssl.SSLContext) -> None:
         while True:
             await asyncio.sleep(CERTIFICATE_CHECK_SECONDS)
-            age_seconds = (self._clock.now_ns() - self._certified_ns) / 1e9
-            if age_seconds < self._settings.renew_after_seconds:
+            issued_ns = self._certificate.valid_from_ns if self._certificate else 0
+            if (self._clock.now_ns() - issued_ns) / 1e9 < self._settings.renew_after_seconds:
                 continue
             try:
                 await self._renew_own_certificate(installation, context)
@@ -206,11 +209,16 @@ class ConfigServer:
         """At each start, and then as often as members do. Connections made from then on see the new one."""
         loop = asyncio.get_running_loop()
         now_ns = self._clock.now_ns()
-        serial = await loop.run_in_executor(None, self._issue_own_certificate, installation, context, now_ns)
-        self._certified_ns = now_ns
-        log.info("own certificate issued", serial=serial, names=list(self._settings.all_server_names()))
+        issued = await loop.run_in_executor(None, self._issue_own_certificate, installation, context, now_ns)
+        self._certificate = issued
+        log.info("own certificate issued", serial=issued.serial, names=list(self._settings.all_server_names()))
 
-    def _issue_own_certificate(self, installation: Installation, context: ssl.SSLContext, now_ns: int) -> str:
+    def _certificate_expires_seconds(self) -> float:
+        return self._certificate.valid_until_ns / 1e9 if self._certificate else math.nan
+
+    def _issue_own_certificate(
+        self, installation: Installation, context: ssl.SSLContext, now_ns: int
+    ) -> IssuedCertificate:
         names = self._settings.all_server_names()
         key = make_certificate_key("configuration server")
         issued = installation.authority.issue(
@@ -223,7 +231,7 @@ class ConfigServer:
         pair = credentials_pem(installation.authority.bundle(issued), key)
         LocalDirectory(installation.path).replace(CREDENTIALS_FILE, pair)
         context.load_cert_chain(installation.path / CREDENTIALS_FILE)
-        return issued.serial
+        return issued
 
 
 def _tls_context(installation: Installation) -> ssl.SSLContext:

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 from pydantic import Field, field_validator
 
-from config_server.authority import LEAF_LIFETIME
+from protocol.enrollment import LEAF_LIFETIME
 from runtime.logs import LogSettings
 from runtime.observability import ListenAddress, ObservabilitySettings
 from runtime.settings import Settings

@@ -26,7 +26,7 @@ from runtime.clock import SystemClock
 from runtime.local_directory import LocalDirectory
 from runtime.locks import exclusive_lock
 from runtime.membership import CertificateRenewal, read_identity
-from runtime.metrics import register_process_metrics
+from runtime.metrics import register_certificate_expiry, register_process_metrics
 from runtime.observability import observability_endpoint
 from runtime.service import StopSignal, notify_ready
 
@@ -85,6 +85,7 @@ class AgentProgram:
     async def _serve(self, service: AgentService, renewal: CertificateRenewal, stop: StopSignal) -> None:
         registry = CollectorRegistry()
         register_process_metrics(registry, program=PROGRAM)
+        register_certificate_expiry(registry, lambda: renewal.expires_seconds)
         AgentMetrics(registry, service)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGUSR1, service.scan_now)

@@ -24,7 +24,7 @@ from runtime.clock import SystemClock
 from runtime.local_directory import LocalDirectory
 from runtime.locks import exclusive_lock
 from runtime.membership import CertificateRenewal, read_identity
-from runtime.metrics import register_process_metrics
+from runtime.metrics import register_certificate_expiry, register_process_metrics
 from runtime.observability import observability_endpoint
 from runtime.service import StopSignal, notify_ready
 from storage.backends.open_store import open_store
@@ -107,6 +107,7 @@ class ProcessServerProgram:
     async def _serve(self, ports: ProcessServerPorts, renewal: CertificateRenewal, stop: StopSignal) -> None:
         settings = self._settings
         register_process_metrics(ports.registry, program=PROGRAM)
+        register_certificate_expiry(ports.registry, lambda: renewal.expires_seconds)
         server = ProcessServer(ports, settings.limits())
         async with (
             observability_endpoint(settings.observability, registry=ports.registry, readiness=server.not_ready),

@@ -6,6 +6,7 @@ somebody saw is good for that very request only; repeating it gives the same ans
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import hmac
 import json
@@ -31,6 +32,10 @@ AUTHORITY_FILE: Final = "authority.pem"
 SIGNING_KEY_FILE: Final = "signing-key.pem"
 IDENTITY_FILE: Final = "identity.json"
 """Written last: a state directory that has it is enrolled."""
+
+LEAF_LIFETIME: Final = datetime.timedelta(days=14)
+"""A member's certificate ends so long after it was issued. When it was issued is told by its end: it begins where its
+authority does."""
 
 IDENTITY_FORMAT: Final = 1
 COMMON_NAME_BYTES_MAX: Final = 64

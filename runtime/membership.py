@@ -8,6 +8,7 @@ fails, for whatever reason, is tried again and ends nothing.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Final, Protocol
@@ -20,6 +21,7 @@ from protocol.enrollment import (
     AUTHORITY_FILE,
     CREDENTIALS_FILE,
     IDENTITY_FILE,
+    LEAF_LIFETIME,
     EnrolledIdentity,
     credentials_pem,
     make_certificate_key,
@@ -91,6 +93,8 @@ class CertificateRenewal:
         self._renew_after_seconds = renew_after_seconds
         self.on_renewed: Callable[[], None] = lambda: None
         """Called when the new certificate is durable."""
+        self.expires_seconds = math.nan
+        """When the certificate ends, since the Unix epoch; not a number until it was looked at."""
         self._ordered = asyncio.Event()
 
     def order(self) -> None:
@@ -102,7 +106,7 @@ class CertificateRenewal:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                if self._ordered.is_set() or await loop.run_in_executor(self._executor, self.is_old):
+                if await loop.run_in_executor(self._executor, self.is_old) or self._ordered.is_set():
                     await self.renew()
                     self._ordered.clear()
             except (ReplicationError, OSError) as error:
@@ -142,5 +146,7 @@ class CertificateRenewal:
             leaf = x509.load_pem_x509_certificate(self._directory.read(CREDENTIALS_FILE))
         except (ValueError, x509.InvalidVersion):
             return True
-        age_seconds = self._clock.now_ns() / 1e9 - leaf.not_valid_before_utc.timestamp()
+        self.expires_seconds = leaf.not_valid_after_utc.timestamp()
+        issued_seconds = (leaf.not_valid_after_utc - LEAF_LIFETIME).timestamp()
+        age_seconds = self._clock.now_ns() / 1e9 - issued_seconds
         return not 0 <= age_seconds < self._renew_after_seconds

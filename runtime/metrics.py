@@ -76,6 +76,15 @@ class StageMetrics:
             log.debug("stage", stage=name, outcome=outcome, size_bytes=running.size_bytes, seconds=duration_seconds)
 
 
+def register_certificate_expiry(registry: CollectorRegistry, expires_seconds: Callable[[], float]) -> None:
+    """Adds farpoint_certificate_expiry_timestamp_seconds, asked for at each scrape; NaN while it is not known."""
+    Gauge(
+        "farpoint_certificate_expiry_timestamp_seconds",
+        "When this program's own certificate ends, seconds since the Unix epoch",
+        registry=registry,
+    ).set_function(expires_seconds)
+
+
 def register_process_metrics(registry: CollectorRegistry, *, program: str) -> None:
     """Adds farpoint_build_info and, read from /proc at each scrape, farpoint_process_* (memory, CPU, open files,
     start)."""

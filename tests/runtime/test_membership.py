@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from protocol.control import CertificateBundle
 from protocol.control_errors import ServerUnreachable
-from protocol.enrollment import AUTHORITY_FILE, CREDENTIALS_FILE, IDENTITY_FILE, SIGNING_KEY_FILE
+from protocol.enrollment import AUTHORITY_FILE, CREDENTIALS_FILE, IDENTITY_FILE, LEAF_LIFETIME, SIGNING_KEY_FILE
 from protocol.join_token import JoinToken
 from protocol.vocabulary import Role
 from runtime import membership
@@ -19,7 +20,7 @@ from runtime.clock import SystemClock
 from runtime.errors import AlreadyEnrolled, NotEnrolled
 from runtime.local_directory import LocalDirectory
 from runtime.membership import CertificateRenewal, enroll_member, read_identity
-from tests.protocol.transport.certificates import PROCESS_SERVER, Authority
+from tests.protocol.transport.certificates import DAY, PROCESS_SERVER, Authority
 
 
 class Server:
@@ -43,7 +44,7 @@ class Server:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> LocalDirectory:
-    leaf = Authority(tmp_path).issue(PROCESS_SERVER.uri)
+    leaf = Authority(tmp_path).issue(PROCESS_SERVER.uri, valid_from=-30 * DAY, valid_to=LEAF_LIFETIME - DAY)
     directory = LocalDirectory(tmp_path / "state")
     directory.replace(CREDENTIALS_FILE, leaf.path.read_bytes())
     directory.replace(AUTHORITY_FILE, leaf.authority_path.read_bytes())
@@ -96,6 +97,15 @@ async def test_a_failed_renewal_keeps_the_certificate(directory: LocalDirectory)
         await renewal(directory, server, executor, age=60.0).renew()
     assert directory.read(CREDENTIALS_FILE) == before
     assert not server.reloads
+
+
+def test_a_certificate_that_begins_with_its_authority_is_as_old_as_its_issue(directory: LocalDirectory) -> None:
+    with ThreadPoolExecutor(1) as executor:
+        server = Server("NEW", "NEW")
+        young, old = (renewal(directory, server, executor, age=days * 86400.0) for days in (1.01, 0.99))
+        assert not young.is_old()
+        assert old.is_old()
+        assert young.expires_seconds == pytest.approx(time.time() + 13 * 86400, abs=60)
 
 
 async def test_a_young_certificate_is_renewed_only_when_it_is_ordered(directory: LocalDirectory) -> None:

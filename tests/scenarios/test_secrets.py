@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from config_server.installation import ADMIN_TOKEN_FILE
@@ -97,6 +98,7 @@ def key_files(made: ReplicatedSite) -> list[Path]:
         site.config_directory / "vault-authority-key.json",
         made.agent.directory / "credentials.pem",
         site.process_directory / "credentials.pem",
+        site.process_directory / "signing-key.pem",
     ]
 
 
@@ -106,8 +108,10 @@ def private_keys(path: Path) -> list[bytes]:
     found: list[bytes] = []
     for text in re.findall(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----.+?-----END [A-Z ]*PRIVATE KEY-----", data, re.DOTALL):
         key = load_pem_private_key(text, password=None)
-        assert isinstance(key, EllipticCurvePrivateKey)
-        found += [key.private_numbers().private_value.to_bytes(32), b"".join(text.split(b"\n")[1:-1])[40:100]]
+        assert isinstance(key, EllipticCurvePrivateKey | Ed25519PrivateKey)
+        is_curve = isinstance(key, EllipticCurvePrivateKey)
+        number = key.private_numbers().private_value.to_bytes(32) if is_curve else key.private_bytes_raw()
+        found += [number, b"".join(text.split(b"\n")[1:-1])[-64:-16]]
     for text in re.findall(rb'"private_key": "([A-Za-z0-9+/=]+)"', data):
         found += [base64.b64decode(text), text]
     assert found, f"{path} holds no key"
