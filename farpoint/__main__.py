@@ -10,6 +10,7 @@ from typing import Final
 
 import click
 
+from farpoint.errors import ExtraMissing
 from farpoint.settings import PROGRAM, FarpointSettings
 from runtime.command_line import ProgramGroup, config_commands
 from runtime.logs import LogSettings, configure_logs
@@ -26,6 +27,8 @@ COMMANDS: Final = {
     "vault": "farpoint.vault_commands:vault_group",
 }
 
+OWN_PACKAGES: Final = ("config_server", "farpoint", "process_server", "protocol", "recovery", "runtime", "storage")
+
 
 class OperatorGroup(ProgramGroup):
     """Knows its commands by name before their modules are imported."""
@@ -37,9 +40,27 @@ class OperatorGroup(ProgramGroup):
         if name not in COMMANDS:
             return super().get_command(context, name)
         module, _, attribute = COMMANDS[name].partition(":")
-        command = getattr(importlib.import_module(module), attribute)
+        try:
+            command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            return _not_installed(name, error)
         assert isinstance(command, click.Command)
         return command
+
+
+def _not_installed(name: str, error: ModuleNotFoundError) -> click.Command:
+    """Stands for a command whose extra was not installed, so that `--help` and all others work."""
+    missing = error.name or ""
+    if missing.partition(".")[0] in OWN_PACKAGES:
+        raise error
+
+    def refuse() -> None:
+        raise ExtraMissing(command=name, module=missing) from error
+
+    everything = {"ignore_unknown_options": True, "allow_extra_args": True}
+    return click.Command(
+        name, callback=refuse, context_settings=everything, add_help_option=False, short_help="(Not installed here.)"
+    )
 
 
 @click.group(PROGRAM, cls=OperatorGroup)

@@ -36,6 +36,14 @@ class PassphraseEmpty(LocalFault):
     message = "the passphrase in {path} is empty"
 
 
+class ExtraMissing(LocalFault):
+    """Fields: command, module."""
+
+    code = "not-installed"
+    message = "`farpoint {command}` is not installed here: it needs the module {module}"
+    hint = "Install Farpoint with all its extras: pip install 'farpoint[config-server,process-server,recovery]'."
+
+
 class DirectoryNotUp(LocalFault):
     """Fields: path."""
 

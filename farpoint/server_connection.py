@@ -28,6 +28,7 @@ class UpDescription:
     store_url: str
     authority_file: Path
     admin_token_file: Path
+    store_credentials_file: Path | None = None
 
     def serialise(self) -> bytes:
         fields = {
@@ -35,6 +36,7 @@ class UpDescription:
             "store_url": self.store_url,
             "authority_file": str(self.authority_file),
             "admin_token_file": str(self.admin_token_file),
+            "store_credentials_file": self.store_credentials_file and str(self.store_credentials_file),
         }
         return json.dumps(fields, indent=2).encode() + b"\n"
 
@@ -44,11 +46,13 @@ class UpDescription:
         path = directory / UP_FILE
         try:
             fields = json.loads(path.read_bytes())
+            credentials = fields.get("store_credentials_file")
             return cls(
                 server_url=fields["server_url"],
                 store_url=fields["store_url"],
                 authority_file=directory / fields["authority_file"],
                 admin_token_file=directory / fields["admin_token_file"],
+                store_credentials_file=directory / credentials if credentials else None,
             )
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DirectoryNotUp(path=directory) from error

@@ -15,6 +15,7 @@ import structlog
 
 from config_server.service import ConfigServer
 from config_server.settings import ConfigServerSettings
+from farpoint.server_connection import UpDescription
 from farpoint.up_directory import UpDirectory, initialise_directory
 from process_server.program import ProcessServerProgram
 from process_server.settings import ProcessServerSettings
@@ -82,9 +83,15 @@ class Up:
                     credentials_file=self._settings.store_credentials_file,
                 )
                 _tell_first_run(directory)
-            description = directory.describe(server_url=self._settings.own_url, store_url=self._settings.store_url)
-            directory.write_description(description)
+            directory.write_description(self._describe())
             await self._serve(stop)
+
+    def _describe(self) -> UpDescription:
+        return self._settings.directory.describe(
+            server_url=self._settings.own_url,
+            store_url=self._settings.store_url,
+            store_credentials_file=self._settings.store_credentials_file,
+        )
 
     async def _serve(self, stop: StopSignal) -> None:
         ready = asyncio.Event()
@@ -116,9 +123,7 @@ class Up:
         directory = LocalDirectory(path)
         if IDENTITY_FILE in directory.names():
             return
-        description = self._settings.directory.describe(
-            server_url=self._settings.own_url, store_url=self._settings.store_url
-        )
+        description = self._describe()
         async with OperatorClient(
             server_url=description.server_url,
             authority_pem=read_secret(description.authority_file),

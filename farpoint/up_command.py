@@ -26,7 +26,7 @@ ALL_INTERFACES: Final = "0.0.0.0"  # nosec B104 # noqa: S104
 @click.command("up")
 @click.option("--dir", "directory", type=click.Path(file_okay=False), help="Holds everything of both servers.")
 @click.option("--store", metavar="URL", help="DIR/store by default; only the first run may choose.")
-@click.option("--store-credentials-file", type=click.Path(), help="For azure; else the usual Azure environment counts.")
+@click.option("--store-credentials-file", type=click.Path(), help="For azure; the last run's by default.")
 @click.option("--port", type=click.IntRange(1, 65535), default=DATA_PORT, show_default=True, help="For agents' data.")
 @click.option("--control-port", type=click.IntRange(1, 65535), default=DEFAULT_PORT, show_default=True)
 @click.option("--host", default=socket.gethostname, help="Name or address by which agents reach this host.")
@@ -42,10 +42,11 @@ def up_command(loaded: Loaded[FarpointSettings], port: int, control_port: int, h
         raise click.UsageError("--dir must be given")
     directory = UpDirectory(path=settings.dir)
     store_url = directory.store_url(settings.store)
+    store_credentials_file = directory.store_credentials_file(settings.store_credentials_file)
     up = UpSettings(
         directory=directory,
         store_url=store_url,
-        store_credentials_file=settings.store_credentials_file,
+        store_credentials_file=store_credentials_file,
         host=host,
         config_server=load(
             ConfigServerSettings,
@@ -62,7 +63,7 @@ def up_command(loaded: Loaded[FarpointSettings], port: int, control_port: int, h
             flags={
                 "state_directory": directory.process_server,
                 "store": store_url,
-                "store_credentials_file": settings.store_credentials_file,
+                "store_credentials_file": store_credentials_file,
                 "listen": f"{ALL_INTERFACES}:{port}",
                 "host": host,
             },

@@ -54,12 +54,13 @@ class UpDirectory:
     def is_initialised(self) -> bool:
         return (self.config_server / MARKER_FILE).is_file()
 
-    def describe(self, *, server_url: str, store_url: str) -> UpDescription:
-        """What the other commands read with `--dir`."""
+    def describe(self, *, server_url: str, store_url: str, store_credentials_file: Path | None) -> UpDescription:
+        """What the other commands read with `--dir`, and the next run."""
         config_server = self.config_server.absolute()
         return UpDescription(
             server_url=server_url,
             store_url=store_url,
+            store_credentials_file=store_credentials_file and store_credentials_file.absolute(),
             authority_file=config_server / AUTHORITY_FILE,
             admin_token_file=config_server / ADMIN_TOKEN_FILE,
         )
@@ -80,6 +81,12 @@ class UpDirectory:
         if wanted is not None and wanted != known:
             raise StoreChanged(path=self.path, known=known, wanted=wanted)
         return known
+
+    def store_credentials_file(self, wanted: Path | None) -> Path | None:
+        """The wanted one, else that of the last run."""
+        if wanted is not None or not (self.path / UP_FILE).is_file():
+            return wanted
+        return UpDescription.read(self.path).store_credentials_file
 
 
 async def initialise_directory(directory: UpDirectory, *, store_url: str, credentials_file: Path | None) -> None:

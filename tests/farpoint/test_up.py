@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 
 from farpoint.__main__ import main
 from farpoint.demo.programs import free_port
+from farpoint.up_directory import UpDirectory
 from runtime.exit_codes import ExitCode
 
 WAIT_SECONDS_MAX = 60.0
@@ -136,3 +137,14 @@ def test_another_store_than_the_known_one_is_refused(tmp_path: Path, environment
     refused = run("up", "--dir", tmp_path, "--store", "file:///other")
     assert refused.exit_code == ExitCode.USAGE
     assert "file:///known" in refused.stderr
+
+
+def test_a_later_run_opens_the_store_with_the_last_runs_credentials(tmp_path: Path) -> None:
+    directory, credentials = UpDirectory(path=tmp_path), tmp_path / "sas"
+    assert directory.store_credentials_file(None) is None
+    urls = {"server_url": "https://127.0.0.1:1", "store_url": "azure://account/container"}
+    directory.write_description(directory.describe(**urls, store_credentials_file=credentials))
+    assert directory.store_credentials_file(None) == credentials
+    assert directory.store_credentials_file(tmp_path / "other") == tmp_path / "other"
+    directory.write_description(directory.describe(**urls, store_credentials_file=None))
+    assert directory.store_credentials_file(None) is None
