@@ -1,7 +1,8 @@
 """The configuration server's clock as this process server knows it: its last answer, and what has passed since.
 
 Invariants: never this machine's wall clock; None until the server was heard once, by this run or an earlier one; what
-agents are told is never later than the server's clock shows, and never goes back, over restarts neither.
+agents are told is never later than the server's clock shows, and never goes back, over restarts neither, unless the
+server's clock was set back.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ KEEP_SECONDS: Final = 5.0
 """What agents are told is kept so often, for a restart while the server is away."""
 SILENCE_SECONDS: Final = 2 * KEEP_SECONDS
 """So long a restarted program tells nothing unless it hears the server: longer than it told anything unkept."""
+SET_BACK_NS: Final = 5_000_000_000
+"""Less than this is two clocks that drift apart; a server that is farther behind what was told had its clock set."""
 
 
 class ServerClock:
@@ -35,6 +38,10 @@ class ServerClock:
 
     def heard(self, now_ns: int) -> None:
         """The server's clock showed this when it answered, some moments ago: the error is on the early side."""
+        if now_ns < self._told_ns - SET_BACK_NS:
+            # why: a clock that was right again after it had been ten years ahead would otherwise be told for ten years,
+            # and no point would have an instant that can be compared
+            self._told_ns = now_ns
         self._heard_ns = now_ns
         self._heard_at_seconds = self._clock.monotonic_seconds()
         self._silent_until_seconds = None
@@ -53,7 +60,7 @@ class ServerClock:
         if self._silent_until_seconds is not None and now_seconds < self._silent_until_seconds:
             return None
         passed_seconds = now_seconds - self._heard_at_seconds
-        # why: a server whose clock was set back must not make points older than those before them.
+        # why: an answer that took longer than the one before it must not make points older than those before them.
         self._told_ns = max(self._told_ns, self._heard_ns + int(passed_seconds * 1e9))
         return self._told_ns
 

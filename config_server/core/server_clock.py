@@ -15,13 +15,17 @@ from protocol.errors import InvalidValue
 JUMP_TOLERANCE_NS: Final = 2_000_000_000
 """Less than this is a clock being disciplined, not set."""
 DRIFT_PER_MILLE_MAX: Final = 1
+FLYWHEEL_NS: Final = 60_000_000_000
+"""Process servers go on telling the time from the last answer that they heard. One that is in touch hears another
+within this."""
 SPANS_MAX: Final = 64
 """Older spans are merged, which can only make an instant look older."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClockSpan:
-    """All ticks from first_ns to last_ns, both included, were shown while the clock ran undisturbed."""
+    """All ticks from first_ns to last_ns, both included, were shown while the clock ran undisturbed, or told on its
+    account by a process server that had not yet heard of its end."""
 
     generation: int
     first_ns: int
@@ -67,7 +71,7 @@ def start_clock(spans: tuple[ClockSpan, ...], wall_ns: int, monotonic_seconds: f
     if not spans:
         spans = (ClockSpan(generation=1, first_ns=wall_ns, last_ns=wall_ns),)
     elif wall_ns < spans[-1].last_ns - JUMP_TOLERANCE_NS:
-        spans = _begin_span(spans, wall_ns)
+        spans = _begin_span(spans, wall_ns, elapsed_ns=0)
     else:
         spans = _extend_span(spans, wall_ns)
     return ServerClockState(spans=spans, wall_ns=wall_ns, monotonic_seconds=monotonic_seconds)
@@ -80,7 +84,10 @@ def observe_clock(state: ServerClockState, wall_ns: int, monotonic_seconds: floa
     is_jump = abs(deviation_ns) > JUMP_TOLERANCE_NS + elapsed_ns * DRIFT_PER_MILLE_MAX // 1000
     # why: small steps back add up without any one of them being a jump
     has_gone_back = wall_ns < state.tick_ns - JUMP_TOLERANCE_NS
-    spans = _begin_span(state.spans, wall_ns) if is_jump or has_gone_back else _extend_span(state.spans, wall_ns)
+    if is_jump or has_gone_back:
+        spans = _begin_span(state.spans, wall_ns, elapsed_ns=elapsed_ns)
+    else:
+        spans = _extend_span(state.spans, wall_ns)
     return ServerClockState(spans=spans, wall_ns=wall_ns, monotonic_seconds=monotonic_seconds)
 
 
@@ -108,10 +115,11 @@ def _extend_span(spans: tuple[ClockSpan, ...], wall_ns: int) -> tuple[ClockSpan,
     return (*spans[:-1], replace(present, last_ns=max(present.last_ns, wall_ns)))
 
 
-def _begin_span(spans: tuple[ClockSpan, ...], wall_ns: int) -> tuple[ClockSpan, ...]:
+def _begin_span(spans: tuple[ClockSpan, ...], wall_ns: int, *, elapsed_ns: int) -> tuple[ClockSpan, ...]:
     wall_ns = max(wall_ns, 0)
-    span = ClockSpan(generation=spans[-1].generation + 1, first_ns=wall_ns, last_ns=wall_ns)
-    spans = (*spans, span)
+    present = spans[-1]
+    span = ClockSpan(generation=present.generation + 1, first_ns=wall_ns, last_ns=wall_ns)
+    spans = (*spans[:-1], replace(present, last_ns=present.last_ns + elapsed_ns + FLYWHEEL_NS), span)
     while len(spans) > SPANS_MAX:
         oldest, second = spans[:2]
         merged = replace(

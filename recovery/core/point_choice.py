@@ -49,9 +49,10 @@ def choose_point(points: Sequence[HistoryPoint], selector: str, *, disk: DiskId)
 
 
 def by_age(points: Iterable[HistoryPoint]) -> list[HistoryPoint]:
-    """Oldest first."""
-    # why: the server's clock ticks coarsely, so that neighbouring points can share an instant
-    return sorted(points, key=lambda point: (point.instant_ns, point.position))
+    """Of one disk, oldest first: in the order in which they were marked, which is that of their positions."""
+    # why: the server's clock ticks coarsely, so that neighbouring points can share an instant; and it may have been set,
+    # so that an older point can have the later one
+    return sorted(points, key=lambda point: point.position)
 
 
 def _newest(

@@ -198,6 +198,19 @@ def test_after_a_jump_back_a_doubtful_instant_counts_as_old_until_it_is_proved_n
     assert date_instant(spans[0].last_ns + SECOND, spans, None).generation == 2
 
 
+def test_what_a_process_server_went_on_telling_when_the_clock_was_set_back_is_not_taken_for_new() -> None:
+    """Simulation, seed 169: told from the last answer, later than the last tick, and passed by the new span soon."""
+    state = start_clock((), START_NS, 0.0)
+    state = observe_clock(state, START_NS + 100 * SECOND, 100.0)
+    state = observe_clock(state, START_NS + (102 - 3) * SECOND, 102.0)
+    told = START_NS + 102 * SECOND
+    state = observe_clock(state, START_NS + (130 - 3) * SECOND, 130.0)
+    dated = date_instant(told, state.spans, None)
+    assert dated.generation == 1
+    rpo = evaluate_rpo(state, newest=dated, heard_ns=state.tick_ns, threshold_seconds=THRESHOLD)
+    assert rpo.age_seconds is None
+
+
 @settings(max_examples=300)
 @given(data=st.data())
 def test_a_stated_age_is_never_less_than_the_true_one(data: st.DataObject) -> None:

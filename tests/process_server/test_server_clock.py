@@ -36,7 +36,22 @@ def test_it_is_not_known_before_the_server_was_heard_and_passes_from_then_on() -
     assert clock.instant_ns() == HEARD_NS + 3 * SECOND_NS
 
 
-def test_it_never_goes_back_when_the_server_was_set_back() -> None:
+def test_it_follows_a_server_whose_clock_was_far_ahead_and_is_right_again() -> None:
+    hand = HandClock()
+    clock = ServerClock(hand)
+    clock.heard(HEARD_NS + 10 * 365 * 86400 * SECOND_NS)
+    kept = clock.instant_ns()
+    assert kept is not None
+    clock.heard(HEARD_NS)
+    assert clock.instant_ns() == HEARD_NS
+
+    restarted = ServerClock(hand)
+    restarted.resume(kept)
+    restarted.heard(HEARD_NS)
+    assert restarted.instant_ns() == HEARD_NS
+
+
+def test_it_never_goes_back_for_an_answer_that_took_longer() -> None:
     hand = HandClock()
     clock = ServerClock(hand)
     clock.heard(HEARD_NS)

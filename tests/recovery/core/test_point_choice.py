@@ -28,8 +28,17 @@ EARLY, MIDDLE, LATE = point("aaaaaaaa1", 0, 1), point("aaaaaaaa2", 60.5, 2), poi
 POINTS = [LATE, EARLY, MIDDLE]
 
 
-def test_latest_is_the_newest_by_instant_and_then_by_position() -> None:
+def test_latest_is_the_newest_position() -> None:
     assert choose_point(POINTS, "latest", disk=DISK) == LATE
+
+
+def test_latest_is_no_older_point_whose_instant_a_wrong_clock_made_later() -> None:
+    """Simulation: the configuration server's clock was ten years ahead for a moment."""
+    wrong = point("cccccccc", 10 * 365 * 86400, 4)
+    right = point("dddddddd", 120, 5)
+    assert choose_point([*POINTS, wrong, right], "latest", disk=DISK) == right
+    assert choose_point([*POINTS, wrong, right], instant_text(right.instant_ns), disk=DISK) == right
+    assert choose_point([*POINTS, wrong], instant_text(FIRST_NS + 300 * SECOND), disk=DISK) == LATE
 
 
 def test_a_unique_prefix_is_enough_in_either_case() -> None:
