@@ -17,8 +17,10 @@ from protocol.signed_records import parse_authority_key
 from runtime.clock import SystemClock
 from runtime.command_line import ProgramGroup, config_commands, output_option, with_settings
 from runtime.exit_codes import ExitCode
+from runtime.local_directory import LocalDirectory
 from runtime.logs import configure_logs
 from runtime.output import Output
+from runtime.privileges import become_owner_of
 from runtime.secrets import read_secret
 from runtime.service import run_service
 from runtime.settings import Loaded
@@ -53,6 +55,8 @@ def init(loaded: Loaded[ConfigServerSettings], output: Output, authority_key: Pa
     """Make a configuration server for a vault. Never overwrites one."""
     key = parse_authority_key(read_secret(authority_key))
     path = loaded.settings.state_directory
+    LocalDirectory(path)
+    become_owner_of(path)
     installation = initialise(path, authority_key=key, now_ns=SystemClock().now_ns())
     output.record(
         {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,16 +17,14 @@ from mobility_agent.program import LOCK_FILE, PROGRAM, AgentProgram
 from mobility_agent.protection import Protection, read_protection, write_protection
 from mobility_agent.settings import AgentSettings
 from mobility_agent.status import records_at_rest
-from protocol.join_token import JoinToken
 from protocol.vocabulary import Role
 from runtime.command_line import ProgramGroup, config_commands, output_option, with_settings
 from runtime.exit_codes import ExitCode
 from runtime.local_directory import LocalDirectory
 from runtime.locks import exclusive_lock
 from runtime.logs import configure_logs
-from runtime.membership import enroll_member
+from runtime.membership import enroll_state_directory
 from runtime.output import Output, notice
-from runtime.secrets import read_secret
 from runtime.service import run_service
 from runtime.settings import Loaded
 
@@ -74,13 +71,9 @@ def main() -> None:
 def enroll(loaded: Loaded[AgentSettings], output: Output, server: str, token_file: Path, name: str) -> None:
     """Make this machine a member of the server's vault."""
     path = loaded.settings.state_directory
-    token = JoinToken.parse(read_secret(token_file).decode("utf-8", "replace").strip())
-    with exclusive_lock(path / LOCK_FILE):
-        identity = asyncio.run(
-            enroll_member(
-                LocalDirectory(path), server_url=server, token=token, role=Role.AGENT, name=name or socket.gethostname()
-            )
-        )
+    identity = enroll_state_directory(
+        path, lock_file=LOCK_FILE, server_url=server, token_file=token_file, role=Role.AGENT, name=name
+    )
     output.record({"machine": identity.peer.identifier, "vault": identity.peer.vault, "directory": str(path)})
 
 

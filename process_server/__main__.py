@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
 from pathlib import Path
 from typing import Final
 
@@ -11,16 +9,12 @@ import click
 
 from process_server.program import LOCK_FILE, ProcessServerProgram
 from process_server.settings import PROGRAM, ProcessServerSettings
-from protocol.join_token import JoinToken
 from protocol.vocabulary import Role
 from runtime.command_line import ProgramGroup, config_commands, output_option, with_settings
 from runtime.exit_codes import ExitCode
-from runtime.local_directory import LocalDirectory
-from runtime.locks import exclusive_lock
 from runtime.logs import configure_logs
-from runtime.membership import enroll_member
+from runtime.membership import enroll_state_directory
 from runtime.output import Output
-from runtime.secrets import read_secret
 from runtime.service import run_service
 from runtime.settings import Loaded
 
@@ -56,17 +50,9 @@ def main() -> None:
 def enroll(loaded: Loaded[ProcessServerSettings], output: Output, server: str, token_file: Path, name: str) -> None:
     """Make this process server a member of the server's vault."""
     path = loaded.settings.state_directory
-    token = JoinToken.parse(read_secret(token_file).decode("utf-8", "replace").strip())
-    with exclusive_lock(path / LOCK_FILE):
-        identity = asyncio.run(
-            enroll_member(
-                LocalDirectory(path),
-                server_url=server,
-                token=token,
-                role=Role.PROCESS_SERVER,
-                name=name or socket.gethostname(),
-            )
-        )
+    identity = enroll_state_directory(
+        path, lock_file=LOCK_FILE, server_url=server, token_file=token_file, role=Role.PROCESS_SERVER, name=name
+    )
     output.record({"process_server": identity.peer.identifier, "vault": identity.peer.vault, "directory": str(path)})
 
 

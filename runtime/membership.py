@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
 from collections.abc import Callable
 from concurrent.futures import Executor
+from pathlib import Path
 from typing import Final, Protocol
 
 import structlog
@@ -33,6 +35,9 @@ from protocol.vocabulary import Role
 from runtime.clock import Clock
 from runtime.errors import AlreadyEnrolled, NotEnrolled
 from runtime.local_directory import LocalDirectory
+from runtime.locks import exclusive_lock
+from runtime.privileges import become_owner_of
+from runtime.secrets import read_secret
 
 LOOK_SECONDS: Final = 60.0
 """How often the certificate's age is looked at."""
@@ -47,6 +52,22 @@ class Renewing(Protocol):
     async def renew(self, request_pem: str) -> CertificateBundle: ...
 
     async def reload_credentials(self, authority_pem: bytes) -> None: ...
+
+
+def enroll_state_directory(
+    path: Path, *, lock_file: str, server_url: str, token_file: Path, role: Role, name: str
+) -> EnrolledIdentity:
+    """What `enroll` does: makes the state directory a member's, root acting as its owner. Blocks.
+
+    Raises SecretMissing, SecretUnreadable, JoinTokenMalformed, StateLocked, OSError, and what enroll_member raises.
+    """
+    token = JoinToken.parse(read_secret(token_file).decode("utf-8", "replace").strip())
+    directory = LocalDirectory(path)
+    become_owner_of(path)
+    with exclusive_lock(path / lock_file):
+        return asyncio.run(
+            enroll_member(directory, server_url=server_url, token=token, role=role, name=name or socket.gethostname())
+        )
 
 
 async def enroll_member(

@@ -33,9 +33,8 @@ answers() { # PORT PATH
 # The vault, and the configuration server.
 install -d -o root /srv/farpoint /tmp/keys
 farpoint vault init --store file:///srv/farpoint/store --recovery-key /tmp/keys/1.key --recovery-key /tmp/keys/2.key
-install -m 0600 -o farpoint-config-server /tmp/keys/vault-authority.key $state/config-server.key
-as farpoint-config-server config-server init --authority-key $state/config-server.key
-rm /tmp/keys/vault-authority.key $state/config-server.key
+config-server init --authority-key /tmp/keys/vault-authority.key
+rm /tmp/keys/vault-authority.key
 as farpoint-config-server config-server run --set point_interval_seconds=1 --set copy_interval_seconds=1 >/tmp/config-server.log 2>&1 &
 until_true 60 answers 9466 /readyz
 operator=(--server https://localhost:8443 --ca $state/config-server/authority.pem --admin-token-file $state/config-server/admin-token)
@@ -43,9 +42,7 @@ operator=(--server https://localhost:8443 --ca $state/config-server/authority.pe
 # The process server.
 chown -R farpoint-process-server: /srv/farpoint/store
 farpoint token create --role process-server "${operator[@]}" --output /tmp/process-server.token
-install -m 0600 -o farpoint-process-server /tmp/process-server.token $state/process-server/token
-as farpoint-process-server process-server enroll --server https://localhost:8443 --token-file $state/process-server/token
-rm $state/process-server/token
+process-server enroll --server https://localhost:8443 --token-file /tmp/process-server.token
 as farpoint-process-server process-server run --set host=127.0.0.1 --set cache_bytes_max=1073741824 >/tmp/process-server.log 2>&1 &
 until_true 60 answers 9465 /readyz
 
