@@ -10,7 +10,7 @@ FAULT ?=
 MINUTES ?= 5
 PRODUCT := protocol storage runtime mobility_agent process_server config_server recovery farpoint deploy
 
-.PHONY: environment demo test lint audit simulate fuzz bench azurite dist lock clean
+.PHONY: environment demo test lint audit simulate fuzz bench azurite bpf dist lock clean
 
 environment: $(STAMP)
 
@@ -60,6 +60,10 @@ azurite: .node/.installed
 	@cp tests/azurite/package.json tests/azurite/package-lock.json .node/
 	@cd .node && npm ci --silent --no-audit --no-fund 1>&2
 	@touch .node/.installed
+
+# The agent's tracing programs, into mobility_agent/tracking/bpf/, where they are committed (needs Debian 12's clang-14, llvm-14, bpftool).
+bpf: $(STAMP)
+	@$(BIN)/python -m deploy.compile_bpf
 
 # The wheel, the Debian packages, the offline bundle, checksums and the bill of materials, into dist/; docs/installation.md.
 dist: $(STAMP)
