@@ -176,7 +176,8 @@ class RemoteHost:
                 raise StepTookTooLong(host=self.name, step="clean", seconds=CLEAN_SECONDS_MAX) from error
 
     async def _converse(self, command: str, data: bytes) -> tuple[int | None, bytes, bytes]:
-        async with self._connection.create_process(command, encoding=None) as process:
+        process = await self._connection.create_process(command, encoding=None)
+        try:
             process.stdin.write(data)
             process.stdin.write_eof()
             async with asyncio.TaskGroup() as group:
@@ -184,6 +185,9 @@ class RemoteHost:
                 errors = group.create_task(_read_bounded(process.stderr))
             await process.wait_closed()
             return process.returncode, output.result(), errors.result()
+        finally:
+            # why not `async with`: that waits for the program there, however long it hangs
+            process.close()
 
 
 async def _let_go(holder: asyncssh.SSHClientProcess[bytes]) -> None:
@@ -249,11 +253,14 @@ async def _connect(host: str, access: Access, check: _HostKeyCheck) -> asyncssh.
     """With a fingerprint, the host is asked for its keys kind by kind, until it shows the one that was meant."""
     if access.fingerprint is None:
         return await _connect_once(host, access, check, ())
-    refusals: list[asyncssh.DisconnectError] = []
+    refusals: list[asyncssh.DisconnectError | ConnectionError] = []
     for algorithms in _KEY_KINDS:
         try:
             return await _connect_once(host, access, check, algorithms)
-        except (asyncssh.HostKeyNotVerifiable, asyncssh.KeyExchangeFailed) as error:
+        except asyncssh.PermissionDenied:
+            raise
+        except (asyncssh.DisconnectError, ConnectionError) as error:
+            # why ConnectionError: that is how a host without a key of this kind may end it
             refusals.append(error)
     raise next((error for error in refusals if isinstance(error, asyncssh.HostKeyNotVerifiable)), refusals[0])
 
