@@ -7,10 +7,11 @@ ARGS ?=
 SEEDS ?= 100
 FIRST_SEED ?= 1
 FAULT ?=
+SEED ?= 1
 MINUTES ?= 5
 PRODUCT := protocol storage runtime mobility_agent process_server config_server recovery farpoint deploy
 
-.PHONY: environment demo test lint audit simulate fuzz bench azurite bpf dist lock clean
+.PHONY: environment demo test lint audit simulate torture fuzz bench azurite bpf dist lock clean
 
 environment: $(STAMP)
 
@@ -42,6 +43,10 @@ audit: $(STAMP)
 
 simulate: $(STAMP)
 	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) --first-seed $(FIRST_SEED) $(if $(FAULT),--fault $(FAULT)) $(ARGS)
+
+# Real processes under kills, I/O errors, power cuts and bad networks; as root, with strace and xfsprogs.
+torture: $(STAMP)
+	@$(BIN)/python -m tests.torture --seed $(SEED) --minutes $(MINUTES) $(if $(FAULT),--fault $(FAULT)) $(ARGS)
 
 # atheris has a wheel for some platforms only; where it has none, the same targets are fuzzed without coverage.
 fuzz: $(STAMP)
