@@ -11,7 +11,7 @@ SEED ?= 1
 MINUTES ?= 5
 PRODUCT := protocol storage runtime mobility_agent process_server config_server recovery farpoint deploy
 
-.PHONY: environment demo test lint audit simulate torture fuzz bench azurite bpf dist lock clean
+.PHONY: environment demo test lint audit simulate simulate-planted torture fuzz bench azurite bpf dist lock clean
 
 environment: $(STAMP)
 
@@ -43,6 +43,10 @@ audit: $(STAMP)
 
 simulate: $(STAMP)
 	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) --first-seed $(FIRST_SEED) $(if $(FAULT),--fault $(FAULT)) $(ARGS)
+
+# Every planted fault, over at most SEEDS seeds each, until a violation names the invariant that it breaks.
+simulate-planted: $(STAMP)
+	@$(BIN)/python -m tests.simulation --planted --seeds $(SEEDS) $(if $(FAULT),--planted-name $(FAULT)) $(ARGS)
 
 # Real processes under kills, I/O errors, power cuts and bad networks; as root, with strace and xfsprogs.
 torture: $(STAMP)

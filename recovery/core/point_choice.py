@@ -50,8 +50,8 @@ def choose_point(points: Sequence[HistoryPoint], selector: str, *, disk: DiskId)
 
 def by_age(points: Iterable[HistoryPoint]) -> list[HistoryPoint]:
     """Of one disk, oldest first: in the order in which they were marked, which is that of their positions."""
-    # why: the server's clock ticks coarsely, so that neighbouring points can share an instant; and it may have been set,
-    # so that an older point can have the later one
+    # why: the server's clock ticks coarsely, so that neighbouring points can share an instant, and it may have been
+    # set, so that an older point can have the later one
     return sorted(points, key=lambda point: point.position)
 
 

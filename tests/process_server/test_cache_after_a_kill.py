@@ -10,7 +10,7 @@ from process_server.cache_files import CacheFiles
 from process_server.cache_log import NO_DISK, CacheRecord, RecordKind, cache_record
 from process_server.cache_records import encode_file_ends
 from process_server.cache_recovery import recover_cache
-from tests.simulation.directory import SimulatedDirectory, StorageMedium
+from tests.simulation.directory import Operation, SimulatedDirectory, StorageMedium
 from tests.simulation.process import ProcessKilled, SimulatedProcess
 
 FILE_BYTES = 2**20
@@ -50,7 +50,7 @@ def test_it_is_found_even_if_a_synchronize_had_failed_before_the_kill(seed: int)
     directory, _ = directory_of(medium)
     files = CacheFiles(directory)
     files.begin(0, checkpoint(), preallocate_bytes=FILE_BYTES)
-    medium.fail_next_synchronize = True
+    medium.fail_next.add(Operation.SYNCHRONIZE)
     with pytest.raises(OSError, match="injected"):
         files.append([cache_record(RecordKind.SEGMENT_COMMITTED, NO_DISK, 1, 1, b"")])
     assert [file.end_bytes for file in recover_cache(directory_of(medium)[0]).files] == [2 * 4096]
@@ -61,6 +61,6 @@ def test_it_is_found_even_if_a_synchronize_had_failed_before_the_kill(seed: int)
 def test_a_recovery_that_cannot_make_durable_what_it_found_says_so() -> None:
     medium = StorageMedium("cache", random.Random(1))
     written_and_killed_before_it_was_synchronized(medium)
-    medium.fail_next_synchronize = True
+    medium.fail_next.add(Operation.SYNCHRONIZE)
     with pytest.raises(OSError, match="injected"):
         recover_cache(directory_of(medium)[0])

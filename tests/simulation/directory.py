@@ -5,12 +5,15 @@
 - Created, replaced and removed names are durable on return, as the contract says; a power loss during the call leaves
   either.
 - A process that is only killed loses nothing: the page cache outlives it.
+- What `fail_next` names fails once: a failed read or creation changes nothing, a failed write may have left a part of
+  itself. A medium that `is_full` takes nothing more; what was preallocated is still there.
 - A failed synchronize dooms what was written since the last one: reads still show it, a later synchronize succeeds,
   and after a power loss it is gone (DESIGN §12).
 """
 
 from __future__ import annotations
 
+import enum
 import errno
 import random
 from collections.abc import Callable, Sequence
@@ -127,14 +130,30 @@ def _redo(contents: bytearray, offset_bytes: int, data: bytes | None) -> None:
     contents[offset_bytes : offset_bytes + len(data)] = data
 
 
+class Operation(enum.Enum):
+    """What can be made to fail, once each time."""
+
+    READ = "read"
+    WRITE = "write"
+    SYNCHRONIZE = "synchronize"
+    CREATE = "create"
+    REPLACE = "replace"
+    REMOVE = "remove"
+
+
 class StorageMedium:
-    """One host's disk: what is left when the process, or the power, goes. `fail_next_synchronize` injects one EIO."""
+    """One host's disk: what is left when the process, or the power, goes.
+
+    fail_next: operations of which the next one ends with EIO. `on_read_failure` is told when a read did.
+    """
 
     def __init__(self, name: str, draw: random.Random, *, capacity_bytes: int = CAPACITY_BYTES) -> None:
         self.name = name
         self.files: dict[str, StoredFile] = {}
         self.capacity_bytes = capacity_bytes
-        self.fail_next_synchronize = False
+        self.fail_next: set[Operation] = set()
+        self.is_full = False
+        self.on_read_failure: Callable[[], None] = lambda: None
         self.on_change: Callable[[str, str], None] = lambda operation, name: None
         self.draw = draw
 
@@ -144,6 +163,35 @@ class StorageMedium:
     def lose_power(self) -> int:
         """Returns how many files lost or tore something that was not synchronized."""
         return sum(self.files[name].lose_power(self.draw) for name in sorted(self.files))
+
+    def room_bytes(self) -> int:
+        return 0 if self.is_full else max(0, self.capacity_bytes - self.used_bytes())
+
+    def flip_bit(self, draw: random.Random, *, suffix: str = "") -> str | None:
+        """Turns a bit of what lies there over, as reads show it and as the medium has it. Returns the file's name."""
+        names = [name for name, stored in sorted(self.files.items()) if stored.contents and name.endswith(suffix)]
+        if not names:
+            return None
+        name = draw.choice(names)
+        contents = self.files[name].contents
+        contents[draw.randrange(len(contents))] ^= 1 << draw.randrange(8)
+        return name
+
+    def heal(self) -> None:
+        self.fail_next.clear()
+        self.is_full = False
+
+    def check(self, operation: Operation, name: str) -> None:
+        """Raises OSError if this operation is to fail now."""
+        if operation in self.fail_next:
+            self.fail_next.discard(operation)
+            if operation is Operation.READ:
+                self.on_read_failure()
+            raise OSError(errno.EIO, f"injected: {operation.value} failed", name)
+
+    def check_room(self, size_bytes: int, name: str) -> None:
+        if size_bytes > self.room_bytes():
+            raise OSError(errno.ENOSPC, "no space left on device", name)
 
     def wipe(self) -> None:
         """The disk is replaced by an empty one: cache loss."""
@@ -163,11 +211,14 @@ class SimulatedDirectory:
 
     def read(self, name: str) -> bytes:
         self._process.check_alive()
+        self._medium.check(Operation.READ, name)
         return bytes(self._stored(name).contents)
 
     def replace(self, name: str, data: bytes) -> None:
         self._process.check_alive()
         _check_name(name)
+        self._medium.check(Operation.REPLACE, name)
+        self._medium.check_room(len(data), name)
         contents = bytearray(data)
         try:
             self._process.count_operation()
@@ -187,8 +238,8 @@ class SimulatedDirectory:
         if create:
             if name in self._medium.files:
                 raise FileExistsError(errno.EEXIST, "exists", name)
-            if self._medium.used_bytes() + preallocate_bytes > self._medium.capacity_bytes:
-                raise OSError(errno.ENOSPC, "no space left on device", name)
+            self._medium.check(Operation.CREATE, name)
+            self._medium.check_room(preallocate_bytes, name)
             self._medium.files[name] = StoredFile()
             self._medium.on_change("create", name)
         stored = self._stored(name)
@@ -197,12 +248,13 @@ class SimulatedDirectory:
 
     def remove(self, name: str) -> None:
         self._process.count_operation()
+        self._medium.check(Operation.REMOVE, name)
         if self._medium.files.pop(name, None) is not None:
             self._medium.on_change("remove", name)
 
     def free_bytes(self) -> int:
         self._process.check_alive()
-        return max(0, self._medium.capacity_bytes - self._medium.used_bytes())
+        return self._medium.room_bytes()
 
     def _stored(self, name: str) -> StoredFile:
         _check_name(name)
@@ -236,6 +288,7 @@ class SimulatedFile:
 
     def read_into(self, offset_bytes: int, buffer: Buffer) -> int:
         self._check_open()
+        self._medium.check(Operation.READ, self._name)
         target = memoryview(buffer).cast("B")
         data = self._stored.contents[offset_bytes : offset_bytes + len(target)]
         target[: len(data)] = data
@@ -247,10 +300,14 @@ class SimulatedFile:
         if self._is_direct and any(n % DIRECT_ALIGNMENT_BYTES for n in (offset_bytes, *map(len, pieces))):
             raise OSError(errno.EINVAL, "not aligned for direct input and output", self._name)
         data = b"".join(pieces)
+        grown_bytes = offset_bytes + len(data) - len(self._stored.contents)
+        if grown_bytes > 0:
+            self._medium.check_room(grown_bytes, self._name)
         try:
             self._process.count_operation()
-        except ProcessKilled:
-            # why: killed inside pwritev, some pages are in the page cache and the rest are not
+            self._medium.check(Operation.WRITE, self._name)
+        except (ProcessKilled, OSError):
+            # why: killed inside pwritev, or failed in it, some pages are in the page cache and the rest are not
             self._stored.write(offset_bytes, data[: len(data) // 2 // SECTOR_BYTES * SECTOR_BYTES])
             raise
         self._stored.write(offset_bytes, data)
@@ -264,10 +321,11 @@ class SimulatedFile:
     def synchronize(self) -> None:
         self._check_open()
         self._process.count_operation()
-        if self._medium.fail_next_synchronize:
-            self._medium.fail_next_synchronize = False
+        try:
+            self._medium.check(Operation.SYNCHRONIZE, self._name)
+        except OSError:
             self._stored.fail_synchronize()
-            raise OSError(errno.EIO, "injected: input/output error", self._name)
+            raise
         self._stored.synchronize()
         self._medium.on_change("synchronize", self._name)
 

@@ -24,6 +24,8 @@ from tests.simulation.source_history import SourceHistory
 
 SECTOR_BYTES: Final = 512
 LEASE_BREAK_SECONDS: Final = 2.0
+SECRETS_MAX: Final = 2
+SECRET_BYTES: Final = 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +57,19 @@ class SimulatedDisk:
         self.proofs: list[SimulatedProof] = []
         self.stillness_refusal_probability = 0.0
         self.read_failure_probability = 0.0
+        self.round_begins_ns: list[int] = []
+        """When anybody asked for a proof of stillness: when a round began."""
+        self.secrets: list[bytes] = []
+        """Samples of what was written that nobody but the machine and the vault's key may ever see."""
         self.on_write: Callable[[int, int, int], None] = lambda version, offset, length: None
 
     @property
     def size_bytes(self) -> int:
         return self.identity.size_bytes
+
+    def heal(self) -> None:
+        self.read_failure_probability = 0.0
+        self.stillness_refusal_probability = 0.0
 
     async def write(self, offset_bytes: int, data: bytes) -> None:
         """One write of the workload, whole, at one instant: at once or, like a lease breaker, when the holder has
@@ -99,6 +109,8 @@ class SimulatedDisk:
             data = self.draw.randbytes(64) * (length // 64)
         else:
             data = self.draw.randbytes(length)
+            if len(self.secrets) < SECRETS_MAX:
+                self.secrets.append(data[:SECRET_BYTES])
         await self.write(offset, data)
 
 
@@ -168,6 +180,7 @@ class SimulatedSource:
 
     def begin_stillness(self) -> SimulatedProof:
         self._process.check_alive()
+        self._disk.round_begins_ns.append(true_now_ns(self._disk.loop))
         if self._disk.draw.random() < self._disk.stillness_refusal_probability:
             raise NotProvedStill(reason="simulated: a writer has it open")
         proof = SimulatedProof()

@@ -11,6 +11,7 @@
 - `run_in_executor` runs its function inline, at some instant after the call and before its result is delivered; an
   executor with one worker starts them in order, as the real one does.
 - Tasks hash by their serial number, not by their address: sets of tasks iterate alike in every process.
+- Nothing of a held process runs until it is let go, as after SIGSTOP; its timers are then all due at once.
 - When nothing is ready and nothing is scheduled the run is stuck, and says so; so it does at the step limit.
 """
 
@@ -20,15 +21,18 @@ import asyncio
 import heapq
 import random
 import selectors
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from typing import Any, Final
 
-from tests.simulation.process import RUNNING_PROCESS, ProcessKilled
+from tests.simulation.process import RUNNING_PROCESS, ProcessKilled, SimulatedProcess
 
 TIMER_LATENESS_SECONDS_MAX: Final = 50e-6
 EXECUTOR_DELAY_SECONDS_MAX: Final = 2e-3
 STEPS_MAX: Final = 5_000_000
+CANCELLED_TIMERS_MAX: Final = 100
+"""More of them, if they are more than half, are swept out of the timers."""
 
 
 class SimulationStuck(Exception):
@@ -52,15 +56,10 @@ class SimulatedTask(asyncio.Task):  # type: ignore[type-arg]
     __eq__ = object.__eq__
 
 
-class VirtualSelector(selectors.BaseSelector):
-    """Watches no file; a wait for it is a jump in virtual time."""
-
-    def __init__(self) -> None:
-        self.loop: VirtualTimeLoop | None = None
+class BlindSelector(selectors.BaseSelector):
+    """Watches no file and never waits: the loop does not ask it."""
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if self.loop is not None:
-            self.loop.before_round(timeout)
         return []
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
@@ -87,9 +86,8 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self._worker_free_at: dict[int, list[float]] = {}
         self.steps = 0
         self.failures: list[str] = []
-        selector = VirtualSelector()
-        super().__init__(selector)
-        selector.loop = self
+        self._held: dict[SimulatedProcess, list[asyncio.Handle]] = {}
+        super().__init__(BlindSelector())
         # why: below the precision of a double at a few years of virtual time a due timer would never be due
         self._clock_resolution = 1e-6
         self.set_task_factory(
@@ -110,21 +108,58 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         late = self._random.random() * TIMER_LATENESS_SECONDS_MAX
         return super().call_at(when + late, callback, *args, context=context)
 
-    def before_round(self, timeout: float | None) -> None:
-        """Called by the loop before it runs what is ready: advances time if nothing is, and permutes what is."""
-        ready = self._ready  # type: ignore[attr-defined]
-        if not ready:
-            scheduled = self._scheduled  # type: ignore[attr-defined]
-            if timeout is None or not scheduled:
-                raise SimulationStuck(f"nothing is ready or scheduled at {self._now_seconds:.6f} s")
-            self._now_seconds = max(self._now_seconds, scheduled[0].when())
-            self.steps += 1
-        else:
-            self.steps += len(ready)
-            if len(ready) > 1:
-                self._permute(ready)
+    def hold(self, process: SimulatedProcess) -> None:
+        """Nothing of the process runs from now on."""
+        self._held.setdefault(process, [])
+
+    def let_go(self, process: SimulatedProcess) -> None:
+        """What became ready while the process was held runs now, in the order in which it became so."""
+        self._ready.extend(self._held.pop(process, ()))  # type: ignore[attr-defined]
+
+    def _run_once(self) -> None:
+        """One round, in place of asyncio's: advances time if nothing is ready, permutes what is, and runs it."""
+        ready: deque[asyncio.Handle] = self._ready  # type: ignore[attr-defined]
+        self._take_due_timers(ready)
+        self.steps += len(ready)
         if self.steps > self._steps_max:
             raise StepLimitExceeded(f"more than {self._steps_max} steps at {self._now_seconds:.6f} s")
+        if len(ready) > 1:
+            self._permute(ready)
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if handle._cancelled:  # type: ignore[attr-defined]
+                continue
+            if self._held:
+                process = handle._context.get(RUNNING_PROCESS)  # type: ignore[attr-defined]
+                if process in self._held:
+                    self._held[process].append(handle)
+                    continue
+            handle._run()
+
+    def _take_due_timers(self, ready: deque[asyncio.Handle]) -> None:
+        scheduled: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[has-type]
+        cancelled: int = self._timer_cancelled_count  # type: ignore[has-type]
+        if cancelled > CANCELLED_TIMERS_MAX and 2 * cancelled > len(scheduled):
+            for timer in scheduled:
+                timer._scheduled = not timer._cancelled  # type: ignore[attr-defined]
+            scheduled[:] = [timer for timer in scheduled if not timer._cancelled]  # type: ignore[attr-defined]
+            heapq.heapify(scheduled)
+            self._timer_cancelled_count = 0
+        while scheduled and scheduled[0]._cancelled:  # type: ignore[attr-defined]
+            heapq.heappop(scheduled)._scheduled = False  # type: ignore[attr-defined]
+            self._timer_cancelled_count -= 1
+        if not ready and not self._stopping:  # type: ignore[attr-defined]
+            if not scheduled:
+                raise SimulationStuck(f"nothing is ready or scheduled at {self._now_seconds:.6f} s")
+            self._now_seconds = max(self._now_seconds, scheduled[0].when())
+        end_seconds = self._now_seconds + self._clock_resolution
+        while scheduled and scheduled[0].when() < end_seconds:
+            timer = heapq.heappop(scheduled)
+            timer._scheduled = False  # type: ignore[attr-defined]
+            if timer._cancelled:  # type: ignore[attr-defined]
+                self._timer_cancelled_count -= 1
+            else:
+                ready.append(timer)
 
     def _permute(self, ready: Any) -> None:
         handles = list(ready)

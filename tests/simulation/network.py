@@ -1,9 +1,10 @@
-"""Byte pipes between simulated hosts: latency, half-delivered data, cuts at any byte, silence, reconnects.
+"""Byte pipes between simulated hosts: latency, half-delivered data, cuts at any byte, silence, late arrivals.
 
 A connection is two asyncio transports; the product's own protocols (classic or buffered) sit on both ends unchanged.
 Bytes arrive in order and once, in pieces of any size. A cut loses whatever was still under way behind some byte, and
 each end hears of it at an instant of its own; a silent connection delivers nothing any more and tells nobody, as a
-dropped route does.
+dropped route does, in both directions or in one; a half-open one is over at one end only; a late one delivers what was
+under way when its sender has long given it up; a slow one delivers a few bytes at a time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ LATENCY_SECONDS_MAX: Final = 0.02
 HIGH_WATER_BYTES: Final = 65536
 LOW_WATER_BYTES: Final = 16384
 SPLIT_PROBABILITY: Final = 0.25
+LATE_RETRY_SECONDS: Final = 0.05
+SLOW_LATENCY_SECONDS_MAX: Final = 2.0
+SLOW_BYTES_PER_DELIVERY: Final = 16384
 
 
 class SimulatedTransport(asyncio.Transport):
@@ -44,6 +48,10 @@ class SimulatedTransport(asyncio.Transport):
         self._is_writing_paused = False
         self._is_eof_sent = False
         self.is_silent = False
+        """Nothing that this end sent is delivered any more."""
+        self.bytes_until_cut: int | None = None
+        """The connection breaks behind so many bytes more of what this end sends."""
+        self.bytes_per_delivery_max: int | None = None
         self.bytes_delivered = 0
 
     # what the protocols call
@@ -138,9 +146,30 @@ class SimulatedTransport(asyncio.Transport):
         if self._protocol is not None and self.process.is_alive:
             self._call_soon(self._protocol.connection_lost, error)
 
+    def give_up_and_arrive_late(self, seconds: float) -> None:
+        """This end is over for its program; what it had sent is delivered so much later, then the other end is reset.
+
+        The connection has to be silent, so that something is under way.
+        """
+        other = self.other
+        assert other is not None
+        pieces = list(self._under_way)
+        self.lose(ConnectionResetError("simulated: given up"))
+        other._call_later(seconds, other._receive_late, pieces)
+
     def start(self, protocol: asyncio.BaseProtocol) -> None:
         self._protocol = protocol
         protocol.connection_made(self)
+
+    def _receive_late(self, pieces: list[bytes]) -> None:
+        while pieces and not self._is_lost and not self._is_reading_paused and self.process.is_alive:
+            pieces[0] = pieces[0][self._feed(pieces[0]) :]
+            if not pieces[0]:
+                del pieces[0]
+        if pieces and not self._is_lost and self.process.is_alive:
+            self._call_later(LATE_RETRY_SECONDS, self._receive_late, pieces)
+        else:
+            self.lose(ConnectionResetError("simulated: reset by peer"))
 
     def _schedule_delivery(self) -> None:
         if self._is_delivering or not self._under_way or self._is_lost:
@@ -159,9 +188,16 @@ class SimulatedTransport(asyncio.Transport):
         if self._is_lost or other._is_lost or self.is_silent or not other.process.is_alive:
             return
         # why: a protocol may pause reading, or close, in the middle of a burst
-        while self._under_way and not other._is_reading_paused and not other._is_lost:
+        room = self.bytes_per_delivery_max or self._under_way_bytes
+        while self._under_way and room > 0 and not other._is_reading_paused and not other._is_lost:
             piece = self._under_way.popleft()
-            taken = other._feed(piece)
+            taken = other._feed(piece[: room if self.bytes_until_cut is None else min(room, self.bytes_until_cut)])
+            room -= taken
+            if self.bytes_until_cut is not None:
+                self.bytes_until_cut -= taken
+                if self.bytes_until_cut <= 0:
+                    self.cut(ConnectionResetError("simulated: cut"))
+                    return
             self._under_way_bytes -= taken
             self.bytes_delivered += taken
             if taken < len(piece) and not self._is_lost:
@@ -244,10 +280,33 @@ class Connection:
         first = draw.choice(self.ends)
         first.cut(ConnectionResetError("simulated: cut"))
 
+    def cut_behind(self, size_bytes: int, draw: random.Random) -> None:
+        """It breaks when one of the ends has sent so many bytes more."""
+        draw.choice(self.ends).bytes_until_cut = size_bytes
+
     def fall_silent(self) -> None:
         """Nothing is delivered any more, and nobody is told."""
         for end in self.ends:
             end.is_silent = True
+
+    def fall_silent_one_way(self, draw: random.Random) -> None:
+        """One end is heard, and hears nothing."""
+        draw.choice(self.ends).is_silent = True
+
+    def open_half(self, draw: random.Random) -> None:
+        """One end is over, the other is not told."""
+        draw.choice(self.ends).lose(ConnectionResetError("simulated: half-open"))
+
+    def slow_down(self, latency_seconds: float) -> None:
+        for end in self.ends:
+            end.latency_seconds = latency_seconds
+            end.bytes_per_delivery_max = SLOW_BYTES_PER_DELIVERY
+
+    def heal(self) -> None:
+        for end in self.ends:
+            end.latency_seconds = min(end.latency_seconds, LATENCY_SECONDS_MAX)
+            end.bytes_per_delivery_max = None
+            end.bytes_until_cut = None
 
     def process_died(self, process: SimulatedProcess) -> None:
         """The dead process's kernel closes its sockets: the peer reads a reset (or, by draw elsewhere, silence)."""
@@ -257,13 +316,25 @@ class Connection:
 
 
 class Network:
-    """All connections; refuses new ones while `is_down`."""
+    """All connections; refuses new ones while `is_down`, breaks the first of them while there are `phantoms`, and slows
+    them down while `slow_latency_seconds` says so."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, draw: random.Random) -> None:
         self._loop = loop
         self._draw = draw
         self.connections: list[Connection] = []
         self.is_down = False
+        self.phantoms = 0
+        """So many connections more are made, and their client is told that they are not."""
+        self.slow_latency_seconds = 0.0
+
+    def heal(self) -> None:
+        """From now on all is well, for the connections that are still there too; silent ones stay silent."""
+        self.is_down = False
+        self.phantoms = 0
+        self.slow_latency_seconds = 0.0
+        for connection in self.open_connections():
+            connection.heal()
 
     def connect(self, client: SimulatedProcess, server: SimulatedProcess) -> Connection:
         """Raises ConnectionRefusedError when the network is down or the server dead."""
@@ -273,6 +344,8 @@ class Network:
         self.connections = [connection for connection in self.connections if connection.is_open]
         connection = Connection(self._loop, self._draw, client, server)
         self.connections.append(connection)
+        if self.slow_latency_seconds:
+            connection.slow_down(self.slow_latency_seconds)
         return connection
 
     def open_connections(self) -> list[Connection]:

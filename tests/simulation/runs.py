@@ -7,7 +7,7 @@ import multiprocessing
 from collections.abc import Iterator
 from typing import Final
 
-from tests.simulation.planted_faults import plant
+from tests.simulation.planted import plant
 from tests.simulation.world import RunResult, run_seed
 
 SEEDS_PER_WORKER_MAX: Final = 200

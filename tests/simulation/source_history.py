@@ -32,6 +32,8 @@ class SourceHistory:
         self._instants_ns = [instant_ns]
         self._fingerprints = [present]
         self._versions: dict[int, list[int]] = {present: [0]}
+        self._block_versions: list[list[tuple[int, int]]] = [[(0, block_print)] for block_print in self._block_prints]
+        """By block: (version since which it holds this, its print)."""
 
     @property
     def version(self) -> int:
@@ -49,6 +51,7 @@ class SourceHistory:
             block_print = _block_print(index, bytes(block))
             present ^= self._block_prints[index] ^ block_print
             self._block_prints[index] = block_print
+            self._block_versions[index].append((self.version + 1, block_print))
         self._instants_ns.append(instant_ns)
         self._fingerprints.append(present)
         self._versions.setdefault(present, []).append(self.version)
@@ -61,6 +64,17 @@ class SourceHistory:
         for index in range(len(image) // ORACLE_BLOCK_BYTES):
             fingerprint ^= _block_print(index, image[index * ORACLE_BLOCK_BYTES : (index + 1) * ORACLE_BLOCK_BYTES])
         return self._versions.get(fingerprint, [])
+
+    def has_block_older_than(self, image: bytes, version: int) -> bool:
+        """Whether a block of the image is as the source had it before `version` and never since."""
+        for index, versions in enumerate(self._block_versions):
+            block = image[index * ORACLE_BLOCK_BYTES : (index + 1) * ORACLE_BLOCK_BYTES]
+            found = _block_print(index, block)
+            held_at = next(print_ for since, print_ in reversed(versions) if since <= version)
+            later = {print_ for since, print_ in versions if since > version}
+            if found != held_at and found not in later and any(print_ == found for _, print_ in versions):
+                return True
+        return False
 
     def version_at(self, instant_ns: int) -> int:
         """The version that the disk showed at an instant (writes at exactly that instant included); -1 before the

@@ -1,4 +1,5 @@
-"""An in-memory ObjectStore: latency, outages, retryable failures, and replies lost after the object was created.
+"""An in-memory ObjectStore: latency, outages, retryable failures, replies lost after the object was created, and lists
+that do not show the newest objects.
 
 Objects are created whole, at one instant between call and return, and never change. The objects outlive every
 process: they are a `StoreContents`; a `SimulatedStore` is one process's connection to them.
@@ -36,9 +37,15 @@ class StoreContents:
         self.is_down = False
         self.failure_probability = 0.0
         self.lost_reply_probability = 0.0
+        self.stale_seconds = 0.0
+        """Lists do not show what was created so recently."""
         self.on_create: Callable[[str], None] = lambda name: None
         self.on_delete: Callable[[str], None] = lambda name: None
         self.on_fault: Callable[[str, str], None] = lambda kind, name: None
+
+    def heal(self) -> None:
+        self.is_down = False
+        self.failure_probability = self.lost_reply_probability = self.stale_seconds = 0.0
 
     def put(self, name: str, data: bytes) -> None:
         if name in self.objects:
@@ -112,10 +119,12 @@ class SimulatedStore:
         names = self._contents.sorted_names
         first = max(bisect.bisect_left(names, prefix), bisect.bisect_right(names, after))
         found = []
+        newest_ns = true_now_ns(self._contents.loop) - round(self._contents.stale_seconds * 1e9)
         for name in names[first:]:
             if not name.startswith(prefix):
                 break
-            found.append(self._info(name))
+            if self._contents.modified_ns[name] <= newest_ns:
+                found.append(self._info(name))
         for info in found:
             yield info
 

@@ -7,21 +7,32 @@ public: the vault's public key, every grant, every trailer; what it lacks is the
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from protocol.vocabulary import Compression, Extent, extent_table
+from protocol.signed_records import Grant, sign_grant
+from protocol.vocabulary import Bookmark, ChangeSetEnd, Compression, Consistency, Extent, PointId, extent_table
 from storage.object_names import SegmentName
 from storage.sealing import FrameCompressor, SegmentSealer
-from storage.segment import TRAILER_BYTES, SegmentHeader, VerifiedSegment, finish_segment, parse_trailer, verify_segment
+from storage.segment import (
+    TRAILER_BYTES,
+    SegmentHeader,
+    VerifiedSegment,
+    closing_segment,
+    finish_segment,
+    parse_trailer,
+    verify_segment,
+)
 from tests.simulation.vault import SimulatedVault
 
 Changes = dict[SegmentName, bytes | None]
 Objects = Mapping[SegmentName, bytes]
 FORGED_BYTES: Final = 512
+LATER_NS: Final = 60 * 10**9
 
 
 def flip_a_bit(objects: Objects, vault: SimulatedVault, draw: random.Random) -> Changes:
@@ -53,38 +64,114 @@ def replay(objects: Objects, vault: SimulatedVault, draw: random.Random) -> Chan
     return {name: objects[draw.choice(sorted(objects, key=str))]}
 
 
+def remove_newest(objects: Objects, vault: SimulatedVault, draw: random.Random) -> Changes:
+    """The newest of the history goes, so that an older point looks like the newest; what was signed of it stays."""
+    names = sorted(objects, key=str)
+    return dict.fromkeys(names[draw.randrange(len(names)) :])
+
+
 def forge(objects: Objects, vault: SimulatedVault, draw: random.Random) -> Changes:
     """Another segment in place of the newest: every seal, digest, chain and name is right, but the signature."""
-    newest = max((name for name, data in objects.items() if len(verified(name, data, vault).index)), key=str)
-    genuine = verified(newest, objects[newest], vault)
-    opening = genuine.header.opening
+    newest = _newest_with_frames(objects, vault)
+    if newest is None:
+        return {}
+    genuine = newest.header.opening
+    return {
+        newest.name: _segment(
+            newest.grant,
+            genuine.signed_grant,
+            vault,
+            draw,
+            place=(genuine.ordinal, genuine.first_sequence, newest.header.previous_trailer_hash),
+            ends=newest.index.ends(),
+            signing_key=Ed25519PrivateKey.from_private_bytes(draw.randbytes(32)),
+        )
+    }
+
+
+def usurp(objects: Objects, vault: SimulatedVault, draw: random.Random) -> Changes:
+    """The next epoch by a grant that nobody gave: a closing segment behind the newest, and one that follows it."""
+    newest = _newest_with_frames(objects, vault)
+    if newest is None or any(name.epoch > newest.name.epoch for name in objects):
+        return {}
+    signing_key = Ed25519PrivateKey.from_private_bytes(draw.randbytes(32))
+    epoch = newest.grant.epoch
+    grant = dataclasses.replace(
+        newest.grant,
+        epoch=epoch + 1,
+        parent_epoch=epoch,
+        process_server_key=signing_key.public_key().public_bytes_raw(),
+        is_spare=False,
+    )
+    signed_grant = sign_grant(grant, Ed25519PrivateKey.from_private_bytes(draw.randbytes(32)))
+    closing = closing_segment(
+        grant=grant,
+        signed_grant=signed_grant,
+        ordinal=newest.name.ordinal + 1,
+        last_sequence=newest.last_sequence,
+        previous_trailer_hash=newest.trailer_hash,
+        signing_key=signing_key,
+    )
+    data = _segment(
+        grant,
+        signed_grant,
+        vault,
+        draw,
+        place=(1, 1, closing.trailer_hash),
+        ends=[(1, ChangeSetEnd(consistency=Consistency.CRASH, bookmark=_later_bookmark(newest, draw)))],
+        signing_key=signing_key,
+    )
+    first = SegmentName(vault=newest.name.vault, disk=newest.name.disk, epoch=epoch + 1, ordinal=1)
+    return {closing.name: b"".join((closing.header, closing.end)), first: data}
+
+
+def _later_bookmark(newest: VerifiedSegment, draw: random.Random) -> Bookmark:
+    instant_ns = int(newest.index.heads["instant_ns"].max()) + LATER_NS
+    return Bookmark(point=PointId(draw.randbytes(16).hex()), instant_ns=instant_ns)
+
+
+def _newest_with_frames(objects: Objects, vault: SimulatedVault) -> VerifiedSegment | None:
+    segments = (verified(name, objects[name], vault) for name in sorted(objects, key=str, reverse=True))
+    return next((segment for segment in segments if len(segment.index)), None)
+
+
+def _segment(
+    grant: Grant,
+    signed_grant: bytes,
+    vault: SimulatedVault,
+    draw: random.Random,
+    *,
+    place: tuple[int, int, bytes],
+    ends: Sequence[tuple[int, ChangeSetEnd]],
+    signing_key: Ed25519PrivateKey,
+) -> bytes:
+    """A whole segment of made-up contents. place: ordinal, first sequence, the hash that it continues."""
+    ordinal, first_sequence, previous_trailer_hash = place
     sealer = SegmentSealer(
-        grant=genuine.grant,
-        signed_grant=opening.signed_grant,
-        ordinal=opening.ordinal,
-        first_sequence=opening.first_sequence,
+        grant=grant,
+        signed_grant=signed_grant,
+        ordinal=ordinal,
+        first_sequence=first_sequence,
         data_key=draw.randbytes(32),
         vault_public_key=vault.description.vault_public_key,
         compressor=FrameCompressor(),
     )
-    frames = []
-    for number, (sequence, end) in enumerate(genuine.index.ends()):
-        frames.append(
-            sealer.seal(
-                sequence=sequence,
-                frame_number=0,
-                nonce_number=number,
-                extents=extent_table([Extent(offset_bytes=0, length_bytes=FORGED_BYTES)]),
-                raw_bytes=FORGED_BYTES,
-                payload=draw.randbytes(FORGED_BYTES),
-                compression=Compression.NONE,
-                end=end,
-            )
+    frames = [
+        sealer.seal(
+            sequence=first_sequence + number,
+            frame_number=0,
+            nonce_number=number,
+            extents=extent_table([Extent(offset_bytes=0, length_bytes=FORGED_BYTES)]),
+            raw_bytes=FORGED_BYTES,
+            payload=draw.randbytes(FORGED_BYTES),
+            compression=Compression.NONE,
+            end=end,
         )
-    header = SegmentHeader(opening=sealer.opening, previous_trailer_hash=genuine.header.previous_trailer_hash)
-    forger = Ed25519PrivateKey.from_private_bytes(draw.randbytes(32))
-    end = finish_segment(header, [frame.entry for frame in frames], forger)
-    return {newest: b"".join((end.header, *(bytes(frame.record) for frame in frames), end.end))}
+        for number, (_, end) in enumerate(ends)
+    ]
+    header = SegmentHeader(opening=sealer.opening, previous_trailer_hash=previous_trailer_hash)
+    end = finish_segment(header, [frame.entry for frame in frames], signing_key)
+    return b"".join((end.header, *(bytes(frame.record) for frame in frames), end.end))
 
 
 def verified(name: SegmentName, data: bytes, vault: SimulatedVault) -> VerifiedSegment:
@@ -101,10 +188,12 @@ def verified(name: SegmentName, data: bytes, vault: SimulatedVault) -> VerifiedS
 
 
 TAMPERINGS: Final[dict[str, Callable[[Objects, SimulatedVault, random.Random], Changes]]] = {
-    "bit-flipped": flip_a_bit,
-    "forged": forge,
-    "removed": remove,
-    "replayed": replay,
-    "swapped": swap,
-    "truncated": truncate,
+    "object-bit-flipped": flip_a_bit,
+    "object-forged": forge,
+    "object-removed": remove,
+    "object-replayed": replay,
+    "object-truncated": truncate,
+    "objects-swapped": swap,
+    "newest-objects-removed": remove_newest,
+    "epoch-usurped": usurp,
 }

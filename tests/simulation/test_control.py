@@ -35,11 +35,14 @@ def simulate(main, seed=1):
         random.Random(seed),
         vault="5eed" * 8,
         authority=AUTHORITY,
-        process_server_key=b"k" * 32,
+        process_server_keys=[b"k" * 32, b"o" * 32],
         copy_interval_seconds=1.0,
     )
     process = SimulatedProcess("test")
-    agent, process_server = SimulatedAgentControl(server, process), SimulatedProcessServerControl(server, process)
+    agent, process_server = (
+        SimulatedAgentControl(server, process),
+        SimulatedProcessServerControl(server, process, server.owner),
+    )
     try:
         return loop.run_until_complete(main(server, agent, process_server, process))
     finally:
@@ -56,6 +59,18 @@ def report(positions=(), points=(), completed=()):
         positions=tuple(positions),
         committed_points=tuple(points),
         completed_orders=tuple(completed),
+    )
+
+
+def position_of(disk, epoch):
+    return DiskPosition(
+        disk=disk,
+        epoch=epoch,
+        durable_sequence=0,
+        committed_sequence=0,
+        cached_bytes=0,
+        received_bytes=0,
+        stored_bytes=0,
     )
 
 
@@ -78,16 +93,7 @@ def test_an_epoch_that_rose_brings_the_next_spare_and_old_grants_stay_as_they_we
     async def main(server, agent, process_server, process):
         disk = (await agent.register_disk(REGISTRATION)).disk
         before = (await process_server.report(report())).grants
-        position = DiskPosition(
-            disk=disk,
-            epoch=2,
-            durable_sequence=0,
-            committed_sequence=0,
-            cached_bytes=0,
-            received_bytes=0,
-            stored_bytes=0,
-        )
-        after = await process_server.report(report([position]))
+        after = await process_server.report(report([position_of(disk, 2)]))
         assert after.grants[0] == before[1]
         assert [grant.epoch for grant in grants_of(after)] == [2, 3]
 
@@ -138,5 +144,39 @@ def test_a_server_that_is_away_or_loses_its_reply_is_unreachable():
         process.kill()
         with pytest.raises(ProcessKilled):
             await process_server.report(report())
+
+    simulate(main)
+
+
+def test_a_disk_that_moves_is_granted_to_the_other_process_server_and_no_longer_to_the_first():
+    async def main(server, agent, process_server, process):
+        disk = (await agent.register_disk(REGISTRATION)).disk
+        other = SimulatedProcessServerControl(server, process, server.process_servers[1])
+        await process_server.report(report([position_of(disk, 1)]))
+        server.switch_process_server(continues_reported_epoch=True)
+        assert grants_of(await process_server.report(report([position_of(disk, 1)]))) == []
+        granted = [(grant.epoch, grant.parent_epoch) for grant in grants_of(await other.report(report()))]
+        assert granted == [(3, 1), (4, 3)]
+        # the old owner had used its spare before it heard of that: the new one continues there
+        await process_server.report(report([position_of(disk, 2)]))
+        granted = [(grant.epoch, grant.parent_epoch) for grant in grants_of(await other.report(report()))]
+        assert granted == [(5, 2), (6, 5)]
+        assert (await agent.wait_for_orders("", 1.0)).disks[0].process_server == server.process_servers[1].address
+
+    simulate(main)
+
+
+def test_who_is_cut_off_is_not_answered_and_a_held_server_answers_nobody():
+    async def main(server, agent, process_server, process):
+        server.cut_off.add(process.name)
+        with pytest.raises(ServerUnreachable):
+            await process_server.report(report())
+        server.heal()
+        await process_server.report(report())
+        server.is_held = True
+        begin = server.loop.time()
+        with pytest.raises(ServerUnreachable):
+            await process_server.report(report())
+        assert server.loop.time() - begin > 20.0
 
     simulate(main)

@@ -2,11 +2,12 @@
 way.
 """
 
+import errno
 import random
 
 import pytest
 
-from tests.simulation.directory import SimulatedDirectory, StorageMedium
+from tests.simulation.directory import Operation, SimulatedDirectory, StorageMedium
 from tests.simulation.process import ProcessKilled, SimulatedProcess
 
 
@@ -92,7 +93,7 @@ def test_after_a_failed_synchronize_a_second_one_proves_nothing():
         medium, _, directory = make(seed)
         file = directory.open("a", create=True)
         file.write(0, [b"doomed"])
-        medium.fail_next_synchronize = True
+        medium.fail_next.add(Operation.SYNCHRONIZE)
         with pytest.raises(OSError, match="injected"):
             file.synchronize()
         file.synchronize()
@@ -106,7 +107,7 @@ def test_what_is_written_after_a_failed_synchronize_and_synchronized_survives():
         medium, _, directory = make(seed)
         file = directory.open("a", create=True)
         file.write(0, [b"doomed"])
-        medium.fail_next_synchronize = True
+        medium.fail_next.add(Operation.SYNCHRONIZE)
         with pytest.raises(OSError, match="injected"):
             file.synchronize()
         file.write(512, [b"good"])
@@ -154,3 +155,55 @@ def test_errors_are_those_of_the_operating_system():
         directory.open("c", create=True, preallocate_bytes=2000)
     with pytest.raises(OSError, match="aligned"):
         directory.open("a", direct=True).write(0, [b"not a whole page"])
+
+
+@pytest.mark.parametrize("operation", list(Operation))
+def test_each_operation_can_be_made_to_fail_once(operation):
+    medium, _, directory = make()
+    file = directory.open("a", create=True)
+    file.write(0, [b"x"])
+    calls = {
+        Operation.READ: lambda: directory.read("a"),
+        Operation.WRITE: lambda: file.write(1, [b"y"]),
+        Operation.SYNCHRONIZE: file.synchronize,
+        Operation.CREATE: lambda: directory.open("b", create=True),
+        Operation.REPLACE: lambda: directory.replace("c", b"z"),
+        Operation.REMOVE: lambda: directory.remove("a"),
+    }
+    reads = []
+    medium.on_read_failure = lambda: reads.append(1)
+    medium.fail_next.add(operation)
+    with pytest.raises(OSError, match="injected") as caught:
+        calls[operation]()
+    assert caught.value.errno == errno.EIO
+    assert bool(reads) is (operation is Operation.READ)
+    calls[operation]()
+
+
+def test_a_full_medium_takes_nothing_but_what_was_preallocated():
+    medium, _, directory = make()
+    file = directory.open("a", create=True, preallocate_bytes=1024)
+    medium.is_full = True
+    file.write(0, [bytes(1024)])
+    for call in (
+        lambda: file.write(1024, [b"x"]),
+        lambda: directory.replace("b", b"x"),
+        lambda: directory.open("c", create=True, preallocate_bytes=1),
+    ):
+        with pytest.raises(OSError, match="no space") as caught:
+            call()
+        assert caught.value.errno == errno.ENOSPC
+    assert directory.free_bytes() == 0
+    medium.heal()
+    directory.replace("b", b"x")
+
+
+def test_a_flipped_bit_is_there_for_readers_and_after_a_power_loss():
+    medium, _, directory = make()
+    directory.replace("a.ledger", bytes(64))
+    directory.replace("b", bytes(64))
+    assert medium.flip_bit(random.Random(1), suffix=".ledger") == "a.ledger"
+    assert sum(directory.read("a.ledger")).bit_count() == 1
+    assert sum(after_power_loss(medium).read("a.ledger")).bit_count() == 1
+    assert directory.read("b") == bytes(64)
+    assert medium.flip_bit(random.Random(1), suffix=".nothing") is None

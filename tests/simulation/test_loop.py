@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.simulation.channels import context_of
 from tests.simulation.loop import SimulationStuck, StepLimitExceeded, VirtualTimeLoop
 from tests.simulation.process import RUNNING_PROCESS, ProcessKilled, SimulatedProcess
 
@@ -190,3 +191,28 @@ def test_sets_of_tasks_iterate_in_the_order_of_their_making():
             return list(set(tasks)) == tasks
 
     assert run(main)
+
+
+def test_nothing_of_a_held_process_runs_until_it_is_let_go_and_all_of_it_then():
+    async def main(loop):
+        process = SimulatedProcess("held")
+        seen = []
+
+        async def work():
+            for number in range(3):
+                seen.append(number)
+                await asyncio.sleep(1)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(work(), context=context_of(process))
+            await asyncio.sleep(0.5)
+            loop.hold(process)
+            await asyncio.sleep(100)
+            held = list(seen)
+            loop.let_go(process)
+        return held, seen, loop.time()
+
+    held, seen, end = run(main)
+    assert held == [0]
+    assert seen == [0, 1, 2]
+    assert 1101 < end < 1103

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from tests.simulation.loop import VirtualTimeLoop
-from tests.simulation.network import HIGH_WATER_BYTES, Network
+from tests.simulation.network import HIGH_WATER_BYTES, SLOW_BYTES_PER_DELIVERY, Network
 from tests.simulation.process import SimulatedProcess
 
 
@@ -198,5 +198,66 @@ def test_connecting_to_a_dead_process_or_over_a_network_that_is_down_is_refused(
         network.is_down = True
         with pytest.raises(ConnectionRefusedError):
             network.connect(SimulatedProcess("client"), SimulatedProcess("server"))
+
+    simulate(main)
+
+
+def test_a_connection_can_be_cut_behind_any_byte():
+    async def main(network, size):
+        connection, client, server = connected(network)
+        connection.ends[0].bytes_until_cut = size
+        for number in range(10):
+            connection.ends[0].write(bytes([number]) * 10)
+        await asyncio.sleep(1)
+        assert (client.events[-1], server.events[-1]) == ("reset", "reset")
+        return len(server.data)
+
+    assert [simulate(lambda network, size=size: main(network, size)) for size in (1, 7, 50, 99)] == [1, 7, 50, 99]
+
+
+def test_one_way_silence_and_a_half_open_connection_are_noticed_at_one_end_only():
+    async def main(network):
+        deaf, client, server = connected(network)
+        deaf.ends[0].is_silent = True
+        deaf.ends[0].write(b"unheard")
+        deaf.ends[1].write(b"heard")
+        half, left, told_nothing = connected(network)
+        half.open_half(random.Random(1))
+        half.ends[0].write(b"into the void")
+        half.ends[1].write(b"into the void")
+        await asyncio.sleep(1)
+        assert (bytes(server.data), bytes(client.data)) == (b"", b"heard")
+        assert sorted([left.events[-1], told_nothing.events[-1]]) == ["made", "reset"]
+        assert not left.data
+        assert not told_nothing.data
+
+    simulate(main)
+
+
+def test_what_was_sent_on_a_connection_that_was_given_up_arrives_late_and_whole():
+    async def main(network):
+        connection, client, server = connected(network)
+        connection.fall_silent()
+        connection.ends[0].writelines([b"from", b" before"])
+        await asyncio.sleep(1)
+        connection.ends[0].give_up_and_arrive_late(10.0)
+        await asyncio.sleep(1)
+        assert (client.events[-1], bytes(server.data)) == ("reset", b"")
+        await asyncio.sleep(10)
+        assert (server.events[-1], bytes(server.data)) == ("reset", b"from before")
+
+    simulate(main)
+
+
+def test_a_slow_connection_delivers_a_little_at_a_time_until_the_network_heals():
+    async def main(network):
+        network.slow_latency_seconds = 1.0
+        connection, _, server = connected(network)
+        connection.ends[0].write(bytes(SLOW_BYTES_PER_DELIVERY * 4))
+        await asyncio.sleep(1.5)
+        assert len(server.data) <= SLOW_BYTES_PER_DELIVERY
+        network.heal()
+        await asyncio.sleep(1.5)
+        assert len(server.data) == SLOW_BYTES_PER_DELIVERY * 4
 
     simulate(main)

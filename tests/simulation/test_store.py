@@ -75,3 +75,19 @@ def test_a_dead_process_can_ask_nothing():
             await store.read("a")
 
     simulate(main)
+
+
+def test_a_stale_list_leaves_out_the_newest_objects_which_can_be_read_all_the_same():
+    async def main(contents, store, process):
+        await store.create("a", [b"old"])
+        await asyncio.sleep(10)
+        contents.stale_seconds = 5.0
+        await store.create("b", [b"new"])
+        assert [info.name async for info in store.list("")] == ["a"]
+        assert await store.read("b") == b"new"
+        with pytest.raises(ObjectExists):
+            await store.create("b", [b"other"])
+        await asyncio.sleep(6)
+        assert [info.name async for info in store.list("")] == ["a", "b"]
+
+    simulate(main)

@@ -1,5 +1,6 @@
-"""One run: builds everything from one seed, lets it work under faults to a horizon, heals, drains, and recovers
-every point."""
+"""One run: builds everything from one seed, lets it work under the faults of a script, heals, waits until all is well,
+and recovers every point.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +17,20 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from mobility_agent.service import AgentLimits
 from process_server.settings import ProcessServerLimits
+from protocol.operator_messages import Rpo
 from protocol.vocabulary import FRAME_RAW_BYTES_MAX, DiskId
-from tests.simulation.control import ConfigurationServer
+from tests.simulation.control import ConfigurationServer, LedgerPoint
 from tests.simulation.disk import SimulatedDisk, Workload
-from tests.simulation.faults import draw_profile, heal_everything, run_faults
-from tests.simulation.hosts import AgentHost, Host, ProcessServerHost
+from tests.simulation.faults import AWAY, SWITCH, draw_script, heal_everything, play
+from tests.simulation.healing import Healing
+from tests.simulation.hosts import PROCESS_SERVERS, AgentHost, Host, ProcessServerHost
 from tests.simulation.invariants import Invariants
 from tests.simulation.logs import capture_logs
 from tests.simulation.loop import SimulationStuck, StepLimitExceeded, VirtualTimeLoop
 from tests.simulation.network import Network
 from tests.simulation.recovering import recover_everything
+from tests.simulation.script import Script, Swarm
+from tests.simulation.secrecy import check_secrecy
 from tests.simulation.store import StoreContents
 from tests.simulation.trace import Trace
 from tests.simulation.vault import SimulatedVault, make_vault
@@ -43,8 +48,6 @@ FLOOD: Final = Workload(
     random_share=1.0,
 )
 """Fills the cache while the store is away."""
-DRAIN_SECONDS_MAX: Final = 300.0
-DRAIN_CHECK_SECONDS: Final = 1.0
 STOP_SECONDS_MAX: Final = 120.0
 STOP_AGAIN_SECONDS: Final = 5.0
 TRACEBACK_FRAMES_MAX: Final = 12
@@ -70,6 +73,8 @@ class RunResult:
     steps: int
     virtual_seconds: float
     points_recovered: int
+    swarm: Swarm
+    script: Script
     faults: dict[str, int] = field(default_factory=dict)
     violations: list[Violation] = field(default_factory=list)
 
@@ -77,17 +82,25 @@ class RunResult:
 class World:
     """Everything of one run. Other modules reach each other through it."""
 
-    def __init__(self, seed: int, *, readable: bool = False) -> None:
+    def __init__(self, seed: int, script: Script | None = None, *, readable: bool = False) -> None:
+        """script: what goes wrong, drawn from the seed if None."""
         self.seed = seed
         self.loop = VirtualTimeLoop(seed=seed)
         self.trace = Trace(self.loop, readable=readable)
-        self.draw = self._stream("faults")
         self.violations: list[Violation] = []
         self.fault_counts: Counter[str] = Counter()
         self.points_recovered = 0
         self.vault: SimulatedVault = make_vault()
-        self.process_server_key = Ed25519PrivateKey.from_private_bytes(self._stream("keys").randbytes(32))
+        keys = self._stream("keys")
+        self._signing_keys = [Ed25519PrivateKey.from_private_bytes(keys.randbytes(32)) for _ in PROCESS_SERVERS]
         self._draw_sizes(self._stream("sizes"))
+        self.swarm, drawn = draw_script(
+            seed,
+            self._stream("faults"),
+            horizon_seconds=self.horizon_seconds,
+            is_flood=self.workload is FLOOD,
+        )
+        self.script = drawn if script is None else script
         self.network = Network(self.loop, self._stream("network"))
         self.store = StoreContents(self.loop, self._stream("store"))
         self.server = ConfigurationServer(
@@ -95,12 +108,14 @@ class World:
             self._stream("server"),
             vault=self.vault.vault,
             authority=self.vault.authority,
-            process_server_key=self.process_server_key.public_key().public_bytes_raw(),
+            process_server_keys=[key.public_key().public_bytes_raw() for key in self._signing_keys],
             copy_interval_seconds=self.copy_interval_seconds,
         )
         self.invariants = Invariants(self)
+        self.shown_rpo: set[DiskId] = set()
+        """Disks whose recovery point objective is known, as of the newest look."""
         self.agent: AgentHost
-        self.process_server: ProcessServerHost
+        self.process_servers: list[ProcessServerHost] = []
         self._watch()
         capture_logs(
             on_line=self.trace.remark if readable else None,
@@ -156,8 +171,23 @@ class World:
         self.store.on_delete = self.invariants.deleted
         self.store.on_fault = lambda kind, name: self.trace.event(kind, name)
         self.server.on_point = self.invariants.point_stated
+        self.server.on_rpo = self._rpo_shown
         for disk in self.disks:
             disk.on_write = lambda version, offset, length: self.trace.event("write", version, offset, length)
+
+    def _rpo_shown(self, point: LedgerPoint, rpo: Rpo) -> None:
+        self.invariants.rpo_shown(point, rpo)
+        disk = point.committed.disk
+        self.shown_rpo = self.shown_rpo | {disk} if rpo.age_seconds is not None else self.shown_rpo - {disk}
+
+    @property
+    def hosts(self) -> list[Host]:
+        return [self.agent, *self.process_servers]
+
+    @property
+    def owner(self) -> ProcessServerHost:
+        """The process server that the machine is assigned to."""
+        return next(host for host in self.process_servers if host.member is self.server.owner)
 
     def disk_of(self, disk: DiskId) -> SimulatedDisk:
         path = self.server.disks[disk].path
@@ -179,55 +209,51 @@ class World:
 
     async def run(self) -> None:
         self.store.put(self.vault.name, self.vault.vault_json)
-        self.agent = AgentHost(self, self._stream("agent"))
-        self.process_server = ProcessServerHost(self, self._stream("process server"))
-        self.process_server.watch_cache()
+        self.trace.event("swarm", *self.swarm.weights, self.swarm.pause_seconds)
+        self._make_hosts()
+        healing = Healing(self)
         async with asyncio.TaskGroup() as group:
-            hosts = [group.create_task(host.keep_running()) for host in (self.process_server, self.agent)]
+            # why: a second process server that nobody is ever assigned to would only cost time
+            is_switched = any(decision.kind == SWITCH for decision in self.script.decisions)
+            hosts = [host for host in self.hosts if is_switched or host is not self.process_servers[-1]]
+            tasks = [(host, group.create_task(host.keep_running())) for host in hosts]
             sources = [group.create_task(disk.run_workload(self.workload)) for disk in self.disks]
-            faults = group.create_task(run_faults(self, draw_profile(self.draw, is_flood=self.workload is FLOOD)))
+            faults = group.create_task(play(self, self.script))
             await asyncio.sleep(self.horizon_seconds)
-            faults.cancel()
-            for source in sources:
-                source.cancel()
+            for task in (faults, *sources):
+                task.cancel()
             await asyncio.sleep(0)
             heal_everything(self)
             self.trace.event("healed")
-            await self._drain()
-            await self._stop(hosts)
-        await recover_everything(self)
+            await healing.drain()
+            for decision in self.script.decisions:
+                if decision.kind == AWAY and not self.violations:
+                    await healing.go_without_configuration_server(decision)
+                    await healing.drain()
+            for host, task in tasks:
+                await self._stop(host, task)
+        check_secrecy(self)
+        await recover_everything(self, self.script)
 
-    async def _drain(self) -> None:
-        """Waits until every disk has a stated point of its last version."""
-        deadline = self.loop.time() + DRAIN_SECONDS_MAX
-        while self.loop.time() < deadline:
-            if all(self._is_drained(disk) for disk in self.disks):
-                self.trace.event("drained")
-                return
-            await asyncio.sleep(DRAIN_CHECK_SECONDS)
-        self.violate("13-backlog-drains", f"no point of the last version {DRAIN_SECONDS_MAX} s after all faults ended")
+    def _make_hosts(self) -> None:
+        self.agent = AgentHost(self, self._stream("agent"))
+        self.process_servers = [
+            ProcessServerHost(self, self._stream(name), name=name, member=member, signing_key=key)
+            for name, member, key in zip(PROCESS_SERVERS, self.server.process_servers, self._signing_keys, strict=True)
+        ]
 
-    def _is_drained(self, disk: SimulatedDisk) -> bool:
-        last_write_ns = disk.history.instant_ns_of(disk.history.version)
-        return any(
-            point.committed.instant_ns >= last_write_ns and self.disk_of(point.committed.disk) is disk
-            for point in self.server.ledger.values()
-        )
-
-    async def _stop(self, tasks: list[asyncio.Task[None]]) -> None:
-        """The orderly end of both programs, which must come to its end."""
-        for host, task in zip((self.process_server, self.agent), tasks, strict=True):
-            assert isinstance(host, Host)
-            host.is_last_run = True
-            deadline = self.loop.time() + STOP_SECONDS_MAX
-            while not task.done() and self.loop.time() < deadline:
-                host.stop_orderly()
-                # why: a program that has only just been started may not be there to be stopped yet
-                await asyncio.wait([task], timeout=STOP_AGAIN_SECONDS)
-            if not task.done():
-                self.violate("stop", f"{host.name} does not stop within {STOP_SECONDS_MAX} s")
-                host.kill()
-                task.cancel()
+    async def _stop(self, host: Host, task: asyncio.Task[None]) -> None:
+        """The orderly end of a program, which must come to its end."""
+        host.is_last_run = True
+        deadline = self.loop.time() + STOP_SECONDS_MAX
+        while not task.done() and self.loop.time() < deadline:
+            host.stop_orderly()
+            # why: a program that has only just been started may not be there to be stopped yet
+            await asyncio.wait([task], timeout=STOP_AGAIN_SECONDS)
+        if not task.done():
+            self.violate("13-stops-in-order", f"{host.name} does not stop within {STOP_SECONDS_MAX} s")
+            host.kill()
+            task.cancel()
 
 
 def _draw_workload(draw: random.Random) -> Workload:
@@ -241,9 +267,9 @@ def _draw_workload(draw: random.Random) -> Workload:
     )
 
 
-def run_seed(seed: int, *, readable: bool = False) -> RunResult:
-    """Runs one seed to its end. Never raises: whatever goes wrong is a violation."""
-    world = World(seed, readable=readable)
+def run_seed(seed: int, script: Script | None = None, *, readable: bool = False) -> RunResult:
+    """Runs one seed to its end, with its own script or another. Never raises: whatever goes wrong is a violation."""
+    world = World(seed, script, readable=readable)
     # why: a collection in the middle would run finalizers at an instant that the seed does not determine
     gc.disable()
     try:
@@ -264,6 +290,8 @@ def run_seed(seed: int, *, readable: bool = False) -> RunResult:
             steps=world.loop.steps,
             virtual_seconds=world.loop.time(),
             points_recovered=world.points_recovered,
+            swarm=world.swarm,
+            script=world.script,
             faults=dict(world.fault_counts),
             violations=world.violations,
         )

@@ -1,106 +1,85 @@
-"""Defects that the simulation must find: each is planted at a named seam of the product, in this process only.
+"""Defects that the simulation must find, each beside the invariant (DESIGN §11) that it breaks.
 
-A seam that has moved is an error, not a simulation that quietly finds nothing: `plant` refuses a missing attribute, and
-`seam_calls` tells whether the defect was ever reached.
+Each is planted at a named seam of the product (seams.py), in this process only. The invariants that are not here have
+no mechanism yet: 4 and 5 need frozen machines and groups, 8 a fold that deletes, 12 failback.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
-import storage.segment
-from mobility_agent.core.dirty_map import DirtyMap, SentRecord
-from mobility_agent.core.extent_set import ExtentSet
-from process_server.cache_files import CacheFiles
-
-seam_calls: Counter[str] = Counter()
-"""How often each planted defect was reached."""
+from tests.simulation.planted import agent, process_server, vault
 
 
-class SeamMoved(Exception):
-    """The product changed: say here where the defect is to be planted now."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlantedFault:
+    """A defect. invariant: the number in DESIGN §11 that it breaks; a violation that names it counts as finding it."""
+
+    invariant: int
+    plant: Callable[[], None]
+
+    def is_named_by(self, violated: str) -> bool:
+        return violated.split("-", 1)[0] == str(self.invariant)
 
 
-class _LateSynchronize:
-    """A file whose synchronize returns at once and happens when the next one is asked for."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._is_due = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def write(self, offset_bytes: int, buffers: Any) -> None:
-        if self._is_due:
-            self._file.synchronize()
-        self._file.write(offset_bytes, buffers)
-
-    def synchronize(self) -> None:
-        seam_calls["acknowledge-before-sync"] += 1
-        self._is_due = True
+def _breaks(invariant: int, *defects: Callable[[], None]) -> dict[str, PlantedFault]:
+    return {defect.__name__.replace("_", "-"): PlantedFault(invariant=invariant, plant=defect) for defect in defects}
 
 
-def _plant_acknowledge_before_sync() -> None:
-    """The cache says that a batch is durable before it is synchronized."""
-    append = _seam(CacheFiles, "append")
-
-    def append_without_waiting(self: Any, records: Any) -> Any:
-        if not hasattr(self, "_active"):
-            raise SeamMoved("CacheFiles._active")
-        if self._active is not None and not isinstance(self._active, _LateSynchronize):
-            self._active = _LateSynchronize(self._active)
-        return append(self, records)
-
-    CacheFiles.append = append_without_waiting  # type: ignore[method-assign]
-
-
-def _plant_clear_before_acknowledge() -> None:
-    """The agent forgets what it sent as soon as it has sent it."""
-    sent = _seam(DirtyMap, "sent")
-
-    def send_and_forget(self: DirtyMap, sequence: int, extents: ExtentSet) -> SentRecord:
-        seam_calls["clear-before-acknowledge"] += 1
-        record: SentRecord = sent(self, sequence, extents)
-        self.committed(sequence)
-        return SentRecord(
-            first_sequence=record.first_sequence, last_sequence=record.last_sequence, extents=ExtentSet.of()
-        )
-
-    DirtyMap.sent = send_and_forget  # type: ignore[method-assign]
-
-
-def _plant_no_trailer_check() -> None:
-    """Readers believe every trailer, whoever signed it."""
-    _seam(storage.segment, "Ed25519PublicKey")
-
-    class Believer:
-        @staticmethod
-        def from_public_bytes(data: bytes) -> Believer:
-            return Believer()
-
-        def verify(self, signature: bytes, data: bytes) -> None:
-            seam_calls["no-trailer-check"] += 1
-
-    storage.segment.Ed25519PublicKey = Believer  # type: ignore[misc, assignment]
-
-
-PLANTED_FAULTS: Final[dict[str, Callable[[], None]]] = {
-    "acknowledge-before-sync": _plant_acknowledge_before_sync,
-    "clear-before-acknowledge": _plant_clear_before_acknowledge,
-    "no-trailer-check": _plant_no_trailer_check,
+PLANTED_FAULTS: Final[dict[str, PlantedFault]] = {
+    **_breaks(
+        1,
+        process_server.acknowledge_before_synchronize,
+        process_server.ignore_failed_synchronize,
+        process_server.trust_what_a_kill_left,
+        process_server.remove_files_in_use,
+    ),
+    **_breaks(
+        2,
+        agent.clear_before_acknowledge,
+        agent.forget_at_durable,
+        agent.forget_what_was_interrupted,
+        agent.keep_digests_of_the_lost,
+    ),
+    **_breaks(3, agent.settle_without_stillness, agent.overlook_a_broken_proof, agent.prove_stillness_too_late),
+    **_breaks(6, process_server.commit_out_of_order, vault.take_no_answer_for_success, vault.apply_the_oldest_last),
+    **_breaks(7, vault.close_no_epoch, vault.take_a_taken_name_for_ours, vault.check_no_grant),
+    **_breaks(9, vault.check_no_trailer, vault.check_no_place, vault.skip_damaged_frames, vault.check_no_seal),
+    **_breaks(
+        10,
+        vault.look_at_no_records,
+        vault.pass_over_the_damaged,
+        vault.keep_quiet_about_damage,
+        vault.choose_by_instant,
+    ),
+    **_breaks(
+        11,
+        process_server.state_points_at_durable,
+        agent.date_by_the_own_clock,
+        process_server.tell_the_own_clock,
+        process_server.compare_instants_of_different_clocks,
+    ),
+    **_breaks(
+        13,
+        process_server.give_the_cache_no_limit,
+        process_server.remove_no_files,
+        process_server.try_uploads_once,
+        process_server.give_away_the_kept_room,
+    ),
+    **_breaks(
+        14,
+        process_server.keep_no_grants,
+        process_server.keep_no_clock,
+        process_server.grant_no_spare,
+        agent.forget_orders,
+    ),
+    **_breaks(15, vault.seal_nothing, vault.keep_data_keys, process_server.use_one_data_key),
 }
+"""By the name for FAULT=, which says what is wrong."""
 
 
 def plant(name: str) -> None:
     """For the rest of this process. Raises SeamMoved."""
-    PLANTED_FAULTS[name]()
-
-
-def _seam(owner: Any, name: str) -> Any:
-    try:
-        return getattr(owner, name)
-    except AttributeError as error:
-        raise SeamMoved(f"{owner!r} has no {name} any more") from error
+    PLANTED_FAULTS[name].plant()
