@@ -1,7 +1,7 @@
 """This machine's Debian as one that may be spoiled: its root below an overlay, in name spaces of its own.
 
-Invariant: nothing that runs in it changes a file of this machine, opens a port of it, or outlives the call. What it
-writes lies in the upper directory and is kept from call to call.
+Invariant: nothing that runs in it changes a file of this machine or outlives the call; nor opens a port of it, unless
+the machine was made to share its network. What it writes lies in the upper directory and is kept from call to call.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -40,6 +41,7 @@ class ThrowawayMachine:
 
     directory: Path
     shared: Path
+    shares_network: bool = False
 
     @property
     def upper(self) -> Path:
@@ -55,23 +57,43 @@ class ThrowawayMachine:
 
         shared: seen under /mnt instead of the machine's own.
         """
-        environment = os.environ | {
-            "UPPER": str(self.upper),
-            "WORK": str(self.directory / "work"),
-            "ROOT": str(self.directory / "root"),
-            "SHARED": str(shared or self.shared),
-            "SCRIPT": f"set -euo pipefail\n{script}",
-        }
-        name_spaces = ["unshare", "--mount", "--net", "--ipc", "--uts", "--pid", "--fork", "--kill-child"]
         done = subprocess.run(
-            [*name_spaces, "bash", "-c", _BEGIN],
-            env=environment,
+            self._command(),
+            env=self._environment(script, shared),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
         assert done.returncode == 0, f"{script}\n--- said:\n{done.stdout}"
         return done.stdout
+
+    @contextmanager
+    def running(self, script: str, *, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """Runs a bash script as `run` does, for the length of the `with` block; all that it started is killed then.
+
+        log: takes what it says.
+        """
+        with log.open("wb") as file:
+            command, environment = self._command(), self._environment(script, None)
+            process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+            try:
+                yield process
+            finally:
+                process.kill()
+                process.wait()
+
+    def _command(self) -> list[str]:
+        name_spaces = ["--mount", "--ipc", "--uts", "--pid", *([] if self.shares_network else ["--net"])]
+        return ["unshare", *name_spaces, "--fork", "--kill-child", "bash", "-c", _BEGIN]
+
+    def _environment(self, script: str, shared: Path | None) -> dict[str, str]:
+        return os.environ | {
+            "UPPER": str(self.upper),
+            "WORK": str(self.directory / "work"),
+            "ROOT": str(self.directory / "root"),
+            "SHARED": str(shared or self.shared),
+            "SCRIPT": f"set -euo pipefail\n{script}",
+        }
 
     def changed(self, *, apart_from: tuple[str, ...] = ()) -> Iterator[str]:
         """Every path that differs from this machine's (made, altered or removed), apart from those below the given."""
