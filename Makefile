@@ -11,7 +11,7 @@ SEED ?= 1
 MINUTES ?= 5
 PRODUCT := protocol storage runtime mobility_agent process_server config_server recovery farpoint deploy
 
-.PHONY: environment demo test lint audit simulate simulate-planted torture fuzz bench azurite bpf dist lock clean
+.PHONY: environment demo test lint audit simulate simulate-planted torture fuzz bench azurite bpf dist guest lock clean
 
 environment: $(STAMP)
 
@@ -78,10 +78,16 @@ bpf: $(STAMP)
 dist: $(STAMP)
 	@$(BIN)/python -m deploy.packages $(ARGS)
 
+# The agent on a Debian with a real systemd, in QEMU: installed over SSH, protected, restarted, recovered outside, uninstalled. Needs
+# root and the tools that it names; keeps the image that it makes in .guest/. dist/ is made anew unless it is of this commit.
+guest: $(STAMP)
+	@test "$$(cat dist/COMMIT 2>/dev/null)" = "$$(git rev-parse HEAD)" || $(MAKE) --no-print-directory dist ARGS= 1>&2
+	@$(BIN)/python -m tests.guest $(ARGS)
+
 # Rewrites requirements.lock from pyproject.toml; needs uv.
 lock:
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 		--extra development pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV) .node build dist *.egg-info
+	rm -rf $(VENV) .node .guest build dist *.egg-info
