@@ -95,6 +95,8 @@ class Reporter:
         self._clock = clock
         self._metrics = metrics
         self._report_seconds = self._report_seconds_max = report_seconds
+        # why: read once, it costs more than all else in a report
+        self._version = version("farpoint")
         self._revision = NO_REVISION
         self._wakeup = asyncio.Event()
         self._orders_changed = asyncio.Event()
@@ -265,7 +267,7 @@ class Reporter:
 
     def _report(self, points: dict[DiskHistory, list[CachedPoint]], completed: Sequence[str]) -> ProcessServerReport:
         return ProcessServerReport(
-            version=version("farpoint"),
+            version=self._version,
             host=self._subject.host,
             port=self._subject.port,
             cache_bytes=self._subject.cache.used_bytes,
