@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import structlog
 from structlog.testing import capture_logs
 
+from runtime import secrets
 from runtime.errors import SecretExists, SecretMissing, SecretUnreadable, StateLocked
 from runtime.exit_codes import ExitCode, exit_code_of
 from runtime.locks import exclusive_lock
@@ -63,7 +65,11 @@ def test_a_secret_is_for_its_owner_only_whatever_the_umask(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("mode", "is_told"), [(0o600, False), (0o440, False), (0o644, True)])
-def test_a_secret_that_everybody_can_read_is_told(tmp_path: Path, mode: int, is_told: bool) -> None:
+def test_a_secret_that_everybody_can_read_is_told(
+    tmp_path: Path, mode: int, is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # why: a logger keeps the configuration of its first use, in whichever test that was
+    monkeypatch.setattr(secrets, "log", structlog.get_logger())
     path = tmp_path / "key"
     write_secret(path, b"secret")
     path.chmod(mode)
