@@ -13,7 +13,7 @@ from typing import Final
 
 from runtime.exit_codes import ExitCode
 from tests.torture.checks import ENDS_IN_ORDER, expect_orderly_end, require
-from tests.torture.kills import RECOVERY_CALLS_MAX, TracedRecovery, wait_for_end
+from tests.torture.kills import RECOVERY_CALLS_MAX, TracedRecovery, partial_of, wait_for_end
 from tests.torture.torment import Need, Torment
 from tests.torture.tortured_site import PROGRAM_NAMES
 from tests.torture.tracing import Injection, attached, injected_count
@@ -115,8 +115,8 @@ class RecoveryErrors(TracedRecovery):
         return f"recovery: {self._injection}"
 
     def run(self) -> None:
-        target = self.site.root / "recovered-under-errors"
-        finished = self.recover(self._injection, target)
+        self._target = self.site.root / "recovered-under-errors"
+        finished = self.recover(self._injection, self._target)
         if finished.exit_code == DID_NOT_START:
             return
         label = f"{errno.errorcode[self._injection.error]} at {self._injection.kind} of recovery"
@@ -125,6 +125,8 @@ class RecoveryErrors(TracedRecovery):
         require(ENDS_IN_ORDER, documented, f"recovery ended with {finished.exit_code}: {finished.stderr[-2000:]}")
         is_told = self.injected > 0 or finished.exit_code == ExitCode.OK
         require(ENDS_IN_ORDER, is_told, f"recovery ended with {finished.exit_code} unhurt: {finished.stderr[-2000:]}")
-        left = target.with_name(f"{target.name}.partial")
-        require(ENDS_IN_ORDER, not left.exists(), f"a failed recovery left {left}: {finished.stderr[-2000:]}")
-        self.recover_undisturbed(target)
+
+    def verify(self) -> None:
+        left = partial_of(self._target)
+        require(ENDS_IN_ORDER, not left.exists(), f"a failed recovery left {left}")
+        self.recover_undisturbed(self._target)

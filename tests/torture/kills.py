@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from recovery.image_writer import PARTIAL_SUFFIX
 from runtime.exit_codes import ExitCode
 from tests.scenarios.disks import digest_of
 from tests.scenarios.processes import COMMAND_SECONDS, POLL_SECONDS, PROGRAMS, Finished, Server, clean_environment
@@ -96,6 +97,11 @@ def wait_for_end(server: Server, seconds: float) -> None:
         time.sleep(POLL_SECONDS)
 
 
+def partial_of(target: Path) -> Path:
+    """What an unfinished recovery leaves."""
+    return target.with_name(f"{target.name}{PARTIAL_SUFFIX}")
+
+
 RECOVERY_KINDS: Final = ("write", "synchronize", "rename", "read", "allocate", "open")
 RECOVERY_CALLS_MAX: Final = 12
 
@@ -152,16 +158,18 @@ class KillRecovery(TracedRecovery):
         return f"recovery: {self._injection}"
 
     def run(self) -> None:
-        target = self.site.root / "recovered-under-kill"
-        finished = self.recover(self._injection, target)
+        self._target = self.site.root / "recovered-under-kill"
+        finished = self.recover(self._injection, self._target)
         if finished.exit_code == -9:
             self.counts[f"kill at {self._injection.kind} of recovery"] += 1
         elif finished.exit_code != ExitCode.OK:
             raise InvariantBroken(ENDS_IN_ORDER, f"recovery ended with {finished.exit_code}: {finished.stderr[-2000:]}")
-        partial = target.with_name(f"{target.name}.partial")
+
+    def verify(self) -> None:
+        partial = partial_of(self._target)
         if partial.exists():
-            refused = self.site.site.from_storage("recover", "--disk", self.site.disk, "--to", target, "--json")
+            refused = self.site.site.from_storage("recover", "--disk", self.site.disk, "--to", self._target, "--json")
             with breaks(ENDS_IN_ORDER):
                 refused.expect(ExitCode.FAILURE, str(partial))
             partial.unlink()
-        self.recover_undisturbed(target)
+        self.recover_undisturbed(self._target)

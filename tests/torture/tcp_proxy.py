@@ -57,7 +57,7 @@ class Behaviour:
             return f"cut after {self.after_bytes} bytes {way}"
         if self.treatment is Treatment.TRICKLE:
             return f"trickle of {self.piece_bytes} bytes"
-        return self.treatment.value
+        return str(self.treatment.value)
 
 
 class _Connection:

@@ -96,7 +96,9 @@ class TorturedSite(AbstractContextManager["TorturedSite"]):
             )
         }
         self.source = SourceDisk(
-            root / "source.img", size_bytes=draw.randrange(SOURCE_BYTES_MIN, SOURCE_BYTES_MAX, 512), seed=draw.random()
+            root / "source.img",
+            size_bytes=draw.randrange(SOURCE_BYTES_MIN, SOURCE_BYTES_MAX, 512),
+            seed=draw.getrandbits(32),
         )
         self.agent: Agent
         self.disk: DiskId

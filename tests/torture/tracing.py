@@ -73,15 +73,14 @@ def attached(process_id: int, injection: Injection, output: Path) -> Iterator[No
         [*injection.command(output), "-p", str(process_id)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     try:
         _wait_until_attached(process_id, tracer)
         yield
     finally:
         tracer.terminate()
-        _, complaints = tracer.communicate(timeout=DETACH_SECONDS)
-        del complaints
+        tracer.wait(DETACH_SECONDS)
 
 
 def _wait_until_attached(process_id: int, tracer: subprocess.Popen[bytes]) -> None:
