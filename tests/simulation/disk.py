@@ -24,6 +24,7 @@ from tests.simulation.source_history import SourceHistory
 
 SECTOR_BYTES: Final = 512
 LEASE_BREAK_SECONDS: Final = 2.0
+ZEROES: Final = bytes(DIGEST_BLOCK_BYTES)
 SECRETS_MAX: Final = 2
 SECRET_BYTES: Final = 24
 
@@ -171,7 +172,7 @@ class SimulatedSource:
         ranges: list[tuple[int, int]] = []
         for first in range(first_bytes, end_bytes, DIGEST_BLOCK_BYTES):
             end = min(first + DIGEST_BLOCK_BYTES, end_bytes)
-            if any(image[first:end]):
+            if image[first:end] != ZEROES[: end - first]:
                 if ranges and ranges[-1][1] == first:
                     ranges[-1] = (ranges[-1][0], end)
                 else:

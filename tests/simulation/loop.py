@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import itertools
 import random
 import selectors
 from collections import deque
@@ -31,8 +32,6 @@ from tests.simulation.process import RUNNING_PROCESS, ProcessKilled, SimulatedPr
 TIMER_LATENESS_SECONDS_MAX: Final = 50e-6
 EXECUTOR_DELAY_SECONDS_MAX: Final = 2e-3
 STEPS_MAX: Final = 5_000_000
-CANCELLED_TIMERS_MAX: Final = 100
-"""More of them, if they are more than half, are swept out of the timers."""
 
 
 class SimulationStuck(Exception):
@@ -87,9 +86,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self.steps = 0
         self.failures: list[str] = []
         self._held: dict[SimulatedProcess, list[asyncio.Handle]] = {}
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timer_numbers = itertools.count()
         super().__init__(BlindSelector())
-        # why: below the precision of a double at a few years of virtual time a due timer would never be due
-        self._clock_resolution = 1e-6
         self.set_task_factory(
             lambda loop, coroutine, **options: SimulatedTask(coroutine, loop=loop, **options)  # type: ignore[arg-type]
         )
@@ -102,11 +101,18 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._now_seconds
 
+    def close(self) -> None:
+        self._timers.clear()
+        super().close()
+
     def call_at(
         self, when: float, callback: Callable[..., Any], *args: Any, context: Any = None
     ) -> asyncio.TimerHandle:
-        late = self._random.random() * TIMER_LATENESS_SECONDS_MAX
-        return super().call_at(when + late, callback, *args, context=context)
+        due_seconds = when + self._random.random() * TIMER_LATENESS_SECONDS_MAX
+        timer = asyncio.TimerHandle(due_seconds, callback, args, self, context)
+        # why: tuples are compared much faster than timers
+        heapq.heappush(self._timers, (due_seconds, next(self._timer_numbers), timer))
+        return timer
 
     def hold(self, process: SimulatedProcess) -> None:
         """Nothing of the process runs from now on."""
@@ -137,28 +143,16 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
             handle._run()
 
     def _take_due_timers(self, ready: deque[asyncio.Handle]) -> None:
-        scheduled: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[has-type]
-        cancelled: int = self._timer_cancelled_count  # type: ignore[has-type]
-        if cancelled > CANCELLED_TIMERS_MAX and 2 * cancelled > len(scheduled):
-            for timer in scheduled:
-                timer._scheduled = not timer._cancelled  # type: ignore[attr-defined]
-            scheduled[:] = [timer for timer in scheduled if not timer._cancelled]  # type: ignore[attr-defined]
-            heapq.heapify(scheduled)
-            self._timer_cancelled_count = 0
-        while scheduled and scheduled[0]._cancelled:  # type: ignore[attr-defined]
-            heapq.heappop(scheduled)._scheduled = False  # type: ignore[attr-defined]
-            self._timer_cancelled_count -= 1
+        timers = self._timers
+        while timers and timers[0][2]._cancelled:  # type: ignore[attr-defined]
+            heapq.heappop(timers)
         if not ready and not self._stopping:  # type: ignore[attr-defined]
-            if not scheduled:
+            if not timers:
                 raise SimulationStuck(f"nothing is ready or scheduled at {self._now_seconds:.6f} s")
-            self._now_seconds = max(self._now_seconds, scheduled[0].when())
-        end_seconds = self._now_seconds + self._clock_resolution
-        while scheduled and scheduled[0].when() < end_seconds:
-            timer = heapq.heappop(scheduled)
-            timer._scheduled = False  # type: ignore[attr-defined]
-            if timer._cancelled:  # type: ignore[attr-defined]
-                self._timer_cancelled_count -= 1
-            else:
+            self._now_seconds = max(self._now_seconds, timers[0][0])
+        while timers and timers[0][0] <= self._now_seconds:
+            timer = heapq.heappop(timers)[2]
+            if not timer._cancelled:  # type: ignore[attr-defined]
                 ready.append(timer)
 
     def _permute(self, ready: Any) -> None:

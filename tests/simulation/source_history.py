@@ -11,6 +11,7 @@ import bisect
 from typing import Final
 
 import blake3
+import numpy
 
 ORACLE_BLOCK_BYTES: Final = 4096
 
@@ -60,9 +61,13 @@ class SourceHistory:
         """Every version whose image this is, in ascending order; empty if the source never looked like this."""
         if len(image) != len(self.image):
             return []
-        fingerprint = 0
-        for index in range(len(image) // ORACLE_BLOCK_BYTES):
-            fingerprint ^= _block_print(index, image[index * ORACLE_BLOCK_BYTES : (index + 1) * ORACLE_BLOCK_BYTES])
+        fingerprint = self._fingerprints[-1]
+        blocks, present = (
+            numpy.frombuffer(data, dtype=numpy.uint64).reshape(-1, ORACLE_BLOCK_BYTES // 8)
+            for data in (image, self.image)
+        )
+        for index in numpy.flatnonzero((blocks != present).any(axis=1)).tolist():
+            fingerprint ^= self._block_prints[index] ^ _block_print(index, blocks[index].tobytes())
         return self._versions.get(fingerprint, [])
 
     def has_block_older_than(self, image: bytes, version: int) -> bool:

@@ -1,11 +1,46 @@
-"""Seeds that once found a defect, by what it was.
+"""What the simulation once found, by what it was.
 
-Schedules shift as the programs change, so a seed may no longer lead to the place; it is still a run like any other.
+A script in scripts/ is what shrinking left of a failing run: it breaks nothing any more, and breaks its promise again
+once its defect, where that can be planted, is there again. Of older finds only the seeds are left: schedules shift as
+programs and faults change, so a seed may no longer lead to the place; it is still a run like any other.
 """
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from tests.simulation.script import Script
 from tests.simulation.world import run_seed
+
+SCRIPTS = sorted((Path(__file__).parent / "scripts").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=[file.stem for file in SCRIPTS])
+def test_a_script_that_broke_a_promise_breaks_none(file):
+    script = Script.from_json(file.read_text())
+    result = run_seed(script.seed, script)
+    assert result.violations == []
+    assert result.points_recovered > 0
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=[file.stem for file in SCRIPTS])
+def test_it_breaks_it_again_with_its_defect_planted(file):
+    fields = json.loads(file.read_text())
+    if fields["fault"] is None:
+        pytest.skip("its defect has no seam")
+    completed = subprocess.run(
+        [sys.executable, "-m", "tests.simulation", "--script", str(file), "--fault", fields["fault"]],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert completed.returncode == 1, completed.stderr
+    violations = json.loads(completed.stdout.splitlines()[-1])["violations"]
+    assert fields["violates"] in {violation["invariant"] for violation in violations}
 
 
 @pytest.mark.parametrize("seed", [10])

@@ -60,6 +60,7 @@ PLANTED_FAULTS: Final[dict[str, PlantedFault]] = {
         agent.date_by_the_own_clock,
         process_server.tell_the_own_clock,
         process_server.compare_instants_of_different_clocks,
+        process_server.date_no_further_than_the_last_tick,
     ),
     **_breaks(
         13,
@@ -67,6 +68,7 @@ PLANTED_FAULTS: Final[dict[str, PlantedFault]] = {
         process_server.remove_no_files,
         process_server.try_uploads_once,
         process_server.give_away_the_kept_room,
+        process_server.never_follow_a_clock_back,
     ),
     **_breaks(
         14,
@@ -75,7 +77,7 @@ PLANTED_FAULTS: Final[dict[str, PlantedFault]] = {
         process_server.grant_no_spare,
         agent.forget_orders,
     ),
-    **_breaks(15, vault.seal_nothing, vault.keep_data_keys, process_server.use_one_data_key),
+    **_breaks(15, vault.seal_nothing, process_server.keep_data_keys, process_server.use_one_data_key),
 }
 """By the name for FAULT=, which says what is wrong."""
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import config_server.core.grants
 import config_server.core.rpo
+import config_server.core.server_clock
 import process_server.reporting
 from process_server.cache import Cache
 from process_server.cache_files import CacheFiles
 from process_server.disk_history import DiskHistory
 from process_server.sealer import Sealer
 from process_server.server_clock import ServerClock
+from process_server.service import ProcessServer, ProcessServerPorts
 from process_server.uploader import Uploader
 from storage.errors import StoreFault
 from tests.simulation.planted.seams import SeamMoved, counted, replace, seam_calls
@@ -143,6 +146,25 @@ def tell_the_own_clock() -> None:
     replace(ServerClock, "instant_ns", make)
 
 
+def never_follow_a_clock_back() -> None:
+    """Once the server's clock was far ahead, agents are told that until it is true."""
+
+    def make(heard: Any) -> Any:
+        def hear(self: ServerClock, now_ns: int) -> None:
+            told_ns = self._told_ns
+            heard(self, now_ns)
+            self._told_ns = told_ns
+
+        return counted(hear)
+
+    replace(ServerClock, "heard", make)
+
+
+def date_no_further_than_the_last_tick() -> None:
+    """What a process server went on telling when the clock was set back is taken for the new clock's."""
+    replace(config_server.core.server_clock, "FLYWHEEL_NS", lambda flywheel_ns: 0)
+
+
 def compare_instants_of_different_clocks() -> None:
     """The RPO takes any instant for one of the present clock's."""
 
@@ -168,6 +190,7 @@ def give_the_cache_no_limit() -> None:
         return counted(unlimited)
 
     replace(Cache, "_next_file_bytes", make)
+    replace(Cache, "fits", lambda fits: counted(lambda self, length_bytes, *, has_frames: True))
     replace(Cache, "room_bytes", lambda room: counted(lambda self: 4 * self._file_bytes))
 
 
@@ -190,7 +213,11 @@ def give_away_the_kept_room() -> None:
 
         return counted(for_frames_too)
 
+    def make_fitting(fits: Any) -> Any:
+        return counted(lambda self, length_bytes, *, has_frames: fits(self, length_bytes, has_frames=False))
+
     replace(Cache, "_next_file_bytes", make)
+    replace(Cache, "fits", make_fitting)
     replace(Cache, "room_bytes", lambda room: counted(lambda self: max(0, self._bytes_max - self.used_bytes)))
 
 
@@ -224,3 +251,20 @@ def use_one_data_key() -> None:
         return counted(begin_with_the_same)
 
     replace(Sealer, "begin_segment", make)
+
+
+def keep_data_keys() -> None:
+    """A process server keeps its newest data key, to go on with the segment after a restart."""
+
+    def make(initialize: Any) -> Any:
+        def initialize_keeping(self: ProcessServer, ports: ProcessServerPorts, limits: Any) -> None:
+            def draw_and_keep(count: int) -> bytes:
+                drawn = ports.random_bytes(count)
+                ports.state.replace("data-key", drawn)
+                return drawn
+
+            initialize(self, dataclasses.replace(ports, random_bytes=draw_and_keep), limits)
+
+        return counted(initialize_keeping)
+
+    replace(ProcessServer, "__init__", make)

@@ -230,16 +230,3 @@ class _Open:
 def seal_nothing() -> None:
     """Contents are stored as they come."""
     replace(storage.sealing, "AESGCM", lambda cipher: _Open)
-
-
-def keep_data_keys() -> None:
-    """The data key lies beside its wrapped self."""
-
-    def wrap_and_keep(wrap: Any) -> Any:
-        return counted(lambda data_key, public_key, **place: wrap(data_key, public_key, **place) + data_key)
-
-    def unwrap_first(unwrap: Any) -> Any:
-        return lambda wrapped, private_key, **place: unwrap(wrapped[:-32], private_key, **place)
-
-    replace(storage.sealing, "wrap_data_key", wrap_and_keep)
-    replace(storage.sealing, "unwrap_data_key", unwrap_first)
