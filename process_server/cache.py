@@ -42,6 +42,9 @@ KEPT_FILE_SHARES: Final = 16
 """The room of one file that is kept for closing and committing is given out in so many parts."""
 WRITE_PAUSE_SECONDS_FIRST: Final = 0.1
 WRITE_PAUSE_SECONDS_MAX: Final = 10.0
+READ_ATTEMPTS_MAX: Final = 6
+READ_PAUSE_SECONDS_FIRST: Final = 0.25
+"""Twice as long each time: what cannot be read for eight seconds is given up."""
 
 FILE_END_BYTES: Final = padded(RECORD_BYTES_MAX + BLOCK_BYTES)
 """A record that does not fit leaves so much of a file unused, at most."""
@@ -150,7 +153,17 @@ class Cache:
             return locations
 
     async def read(self, kind: RecordKind, locations: Sequence[Location]) -> CachedPayloads:
-        """The payloads, verified. Raises OSError, CacheDamaged."""
+        """The payloads, verified. Raises CacheDamaged, and OSError once several attempts have failed."""
+        # why: who cannot read them takes acknowledged change sets for lost, for good. That is too much for a moment in
+        # which a device or the operating system could not give what it has.
+        pause_seconds = READ_PAUSE_SECONDS_FIRST
+        for _ in range(READ_ATTEMPTS_MAX - 1):
+            try:
+                return await self._run(lambda: self._files_io.read(kind, locations))
+            except OSError as error:
+                _log.warning("cannot read the cache", file=file_name(locations[0].file_number), error=str(error))
+            await asyncio.sleep(pause_seconds)
+            pause_seconds *= 2
         return await self._run(lambda: self._files_io.read(kind, locations))
 
     def give_back(self, read: CachedPayloads) -> None:

@@ -34,7 +34,9 @@ class _Contents:
 
 
 class FaultyDirectory:
-    """`operations` counts whatever changes something; number `cut_at` is the one in which the power goes."""
+    """`operations` counts whatever changes something; number `cut_at` is the one in which the power goes. `fail` is asked
+    about each of them, and about reads.
+    """
 
     def __init__(self) -> None:
         self.files: dict[str, _Contents] = {}
@@ -119,6 +121,8 @@ class FaultyFile:
 
     def read_into(self, offset_bytes: int, buffer: Buffer) -> int:
         self._directory.check()
+        if error := self._directory.fail("read", self._name):
+            raise error
         target = memoryview(buffer).cast("B")
         data = self._contents.seen()[offset_bytes : offset_bytes + len(target)]
         target[: len(data)] = data

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from process_server.cache import Cache
+from process_server.cache import READ_ATTEMPTS_MAX, Cache
 from process_server.cache_log import RecordKind, cache_record
 from process_server.errors import CacheFormatNotSupported
 from process_server.metrics import ProcessServerMetrics
@@ -206,6 +206,34 @@ async def test_acknowledged_bytes_that_rot_in_the_cache_are_never_uploaded_and_c
         assert (opened.epoch, opened.parent_sequence, opened.durable_sequence) == (2, 1, 0)
     history = await world.archive.history(DISK)
     assert not history.damage
+
+
+@pytest.mark.parametrize("failures", [1, READ_ATTEMPTS_MAX - 1, READ_ATTEMPTS_MAX])
+async def test_acknowledged_bytes_that_cannot_be_read_for_a_moment_are_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """Found by torture: one EIO on a read of the cache ended the epoch, and the agent copied all of it again."""
+    monkeypatch.setattr("process_server.cache.READ_PAUSE_SECONDS_FIRST", 0.001)
+    world = await fresh_world(tmp_path)
+    failed: list[str] = []
+
+    def fail(kind: str, name: str) -> OSError | None:
+        if kind != "read" or len(failed) == failures:
+            return None
+        failed.append(name)
+        return OSError(errno.EIO, "injected")
+
+    async with world.running() as running:
+        agent = await running.agent()
+        await agent.open()
+        world.faulty.fail = fail
+        await agent.send_change_set(1, change_set(1))
+        if failures < READ_ATTEMPTS_MAX:
+            await agent.until_committed(1)
+            assert len(failed) == failures
+        else:
+            await agent.until(lambda: 1 in agent.closed)
+            assert agent.closed[1].code == "cache-damaged"
 
 
 async def test_a_damaged_batch_in_the_middle_of_the_segment_in_work_costs_its_disk_only(tmp_path: Path) -> None:
