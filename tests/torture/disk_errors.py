@@ -35,8 +35,8 @@ KINDS: Final = {
 }
 NOT_AT_START: Final = ("open", "read")
 """Of an interpreter that cannot read itself nothing is to be learned."""
-CALLS_MAX: Final = 16
-STEP_MAX: Final = 6
+CALLS_MAX: Final = 6
+STEP_MAX: Final = 3
 DID_NOT_START: Final = 127
 """The dynamic loader's, which could not read a library."""
 SECONDS_MIN: Final = 0.8
@@ -51,13 +51,13 @@ class DiskErrors(Torment):
     needs = frozenset({Need.STRACE})
 
     def arrange(self) -> str:
-        self._name = self.draw.choice((*PROGRAM_NAMES, "process-server"))
+        self._name = self.draw.choice((*PROGRAM_NAMES, "agent", "process-server", "process-server"))
         self._at_start = self.draw.random() < 0.25
         kinds = [kind for kind in KINDS[self._name] if not (self._at_start and kind in NOT_AT_START)]
         kind = self.draw.choice(kinds)
         first = 1 + int(CALLS_MAX * self.draw.random() ** 2)
         step = self.draw.randint(1, STEP_MAX)
-        when = self.draw.choice((f"{first}", f"{first}+{step}", f"{first}+{step}", f"{first}+"))
+        when = self.draw.choice((f"{first}", f"{first}+{step}", f"{first}+{step}", f"{first}+", "1+"))
         self._injection = Injection(kind=kind, when=when, error=self.draw.choice(ERRORS_OF_KIND[kind]))
         self._seconds = self.draw.uniform(SECONDS_MIN, SECONDS_MAX)
         endings = ["nothing", "nothing", "kill"]
@@ -110,7 +110,7 @@ class RecoveryErrors(TracedRecovery):
     def arrange(self) -> str:
         kind = self.draw.choice(("write", "synchronize", "read", "rename", "allocate"))
         first = 1 + int(RECOVERY_CALLS_MAX * self.draw.random() ** 2)
-        when = self.draw.choice((f"{first}", f"{first}+"))
+        when = self.draw.choice((f"{first}", f"{first}+", "1+"))
         self._injection = Injection(kind=kind, when=when, error=self.draw.choice(ERRORS_OF_KIND[kind]))
         return f"recovery: {self._injection}"
 

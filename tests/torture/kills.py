@@ -38,7 +38,7 @@ KINDS_AT_START: Final = {
     "config-server": ("write", "synchronize", "rename", "unlink", "allocate", "send"),
 }
 STRIKES_MAX: Final = 3
-CALLS_MAX: Final = 24
+CALLS_MAX: Final = 12
 WAIT_SECONDS: Final = 2.0
 START_SECONDS: Final = 5.0
 """For a call at work or at the start; when it does not come, the kill comes at that instant instead."""

@@ -21,7 +21,7 @@ from tests.torture.torment import Torment
 WEIGHTS: Final[dict[type[Torment], int]] = {
     Kill: 8,
     KillRecovery: 2,
-    DiskErrors: 6,
+    DiskErrors: 8,
     RecoveryErrors: 1,
     PowerCuts: 5,
     FullDisk: 2,
