@@ -34,8 +34,9 @@ class _Contents:
 
 
 class FaultyDirectory:
-    """`operations` counts whatever changes something; number `cut_at` is the one in which the power goes. `fail` is asked
-    about each of them, and about reads.
+    """`operations` counts whatever changes something; number `cut_at` is the one in which the power goes.
+
+    `fail` is asked about each of them, and about reads.
     """
 
     def __init__(self) -> None:
