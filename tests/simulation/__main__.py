@@ -138,6 +138,7 @@ def _show_failure(result: RunResult, options: argparse.Namespace) -> None:
             f"seed {result.seed} at {violation.at_seconds} s: {violation.invariant}: {violation.detail}",
             file=sys.stderr,
         )
+    print(f"its swarm: {', '.join(result.swarm.weights)}", file=sys.stderr)
     fault = f" --fault {options.fault}" if options.fault else ""
     print(f"again: python -m tests.simulation --seeds 1 --first-seed {result.seed}{fault} --trace", file=sys.stderr)
     print(f"smaller: python -m tests.simulation --shrink {result.seed}{fault}", file=sys.stderr)

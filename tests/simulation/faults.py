@@ -46,6 +46,53 @@ FLOOD_WEIGHTS: Final = {
 }
 """In a flood the store is away more often than not, so that the cache fills up and the process server dies full."""
 
+THEMES: Final = (
+    (
+        "process-server-killed",
+        "process-server-killed-at-a-write",
+        "process-server-power-cut",
+        "cache-lost",
+        "cache-synchronize-failed",
+        "cache-write-failed",
+        "store-down",
+        "store-replies-lost",
+    ),
+    (
+        "agent-killed-at-a-write",
+        "agent-power-cut",
+        "agent-synchronize-failed",
+        "agent-state-failed",
+        "cache-lost",
+        "connection-cut-at-a-byte",
+        "connection-late",
+        "store-down",
+        "disk-not-still",
+    ),
+    (
+        "process-server-switched",
+        "process-server-held",
+        "network-partitioned",
+        "connection-late",
+        "connection-duplicated",
+        "store-lists-stale",
+        "store-replies-lost",
+        "store-down",
+        "cache-lost",
+    ),
+    (
+        "configuration-server-clock-stepped",
+        "configuration-server-killed",
+        "configuration-server-down",
+        "process-server-clock-stepped",
+        "agent-clock-stepped",
+        "process-server-held",
+        "process-server-killed",
+        "store-down",
+        "disk-not-still",
+    ),
+)
+"""Kinds that get at one promise together: what is durable, what is dirty, who owns a disk, what time it is."""
+
 Fault = Callable[["World", Decision], None]
 
 
@@ -55,7 +102,7 @@ def draw_script(seed: int, draw: random.Random, *, horizon_seconds: float, is_fl
     if is_flood:
         swarm = Swarm(weights=dict(FLOOD_WEIGHTS), pause_seconds=draw.choice((1.0, 3.0)))
     else:
-        swarm = draw_swarm(draw, sorted(FAULTS))
+        swarm = draw_swarm(draw, sorted(FAULTS), THEMES)
     decisions = draw_decisions(draw, swarm, end_seconds=horizon_seconds)
     afterwards = [AWAY] if draw.random() < DAYS_AWAY_PROBABILITY else []
     afterwards += [draw.choice(sorted(TAMPERINGS)) for _ in range(draw.randrange(TAMPERINGS_MAX + 1))]

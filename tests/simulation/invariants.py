@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 CLOCK_TOLERANCE_NS: Final = 2 * JUMP_TOLERANCE_NS
 """A clock that is set by less than the core calls a jump may make an instant wrong by that, each way."""
+BEHIND_THE_CLOSING: Final = "7-nothing-behind-the-closing-segment"
 SIGNATURE_DOMAIN: Final = b"farpoint segment signature 1\0"
 """SEGMENT_FORMAT.md, once more."""
 
@@ -115,8 +116,10 @@ class Invariants:
         stored = epoch_stored.committed_sequence()
         if committed > stored:
             is_behind = epoch_stored.closing_ordinal is not None
-            invariant = "7-nothing-behind-the-closing-segment" if is_behind else "6-committed-is-stored"
-            self._violate(invariant, f"epoch {epoch}: {committed} stated, {stored} in the store")
+            self._violate(
+                BEHIND_THE_CLOSING if is_behind else "6-committed-is-stored",
+                f"epoch {epoch}: {committed} stated, {stored} in the store",
+            )
         self.committed[key] = max(committed, self.committed.get(key, 0))
 
     def epoch_continues(self, disk: DiskId, epoch: int, parent_epoch: int, parent_sequence: int) -> None:
@@ -199,10 +202,12 @@ class Invariants:
     def point_stated(self, point: LedgerPoint) -> None:
         """The configuration server now says that this point can be recovered."""
         committed = point.committed
-        stored = self.stored.get((committed.disk, committed.epoch), StoredEpoch()).committed_sequence()
+        epoch = self.stored.get((committed.disk, committed.epoch), StoredEpoch())
+        stored = epoch.committed_sequence()
         if committed.sequence > stored:
+            is_behind = epoch.closing_ordinal is not None
             self._violate(
-                "11-stated-is-recoverable",
+                BEHIND_THE_CLOSING if is_behind else "11-stated-is-recoverable",
                 f"point at {committed.epoch}:{committed.sequence} stated, {stored} in the store",
             )
 

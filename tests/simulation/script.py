@@ -15,6 +15,7 @@ from typing import Final
 
 LASTING_PROBABILITY: Final = 0.2
 """A fault with a duration lasts to the end of all faults so often."""
+THEME_PROBABILITY: Final = 0.5
 DURATION_SECONDS_MAX: Final = 15.0
 DRAW_MAX: Final = 2**32
 FORMAT: Final = 1
@@ -76,10 +77,12 @@ class Swarm:
     pause_seconds: float
 
 
-def draw_swarm(draw: random.Random, kinds: Sequence[str]) -> Swarm:
-    """Any subset: a run that knows few kinds gets deeper into them, one that knows all mixes what nobody thought of."""
-    breadth = draw.choice((1, 2, 3, 5, 8, 13, len(kinds)))
-    chosen = sorted(draw.sample(sorted(kinds), breadth))
+def draw_swarm(draw: random.Random, kinds: Sequence[str], themes: Sequence[Sequence[str]]) -> Swarm:
+    """Any subset of all kinds, or of those of one theme: a run that knows few kinds gets deeper into them, one that
+    knows all mixes what nobody thought of."""
+    pool = sorted(draw.choice(themes) if draw.random() < THEME_PROBABILITY else kinds)
+    breadth = min(draw.choice((1, 2, 3, 5, 8, 13, len(pool))), len(pool))
+    chosen = sorted(draw.sample(pool, breadth))
     weights = {kind: draw.choice((0.1, 0.5, 1.0, 3.0)) for kind in chosen}
     return Swarm(weights=weights, pause_seconds=draw.choice((0.7, 1.5, 3.0, 8.0)))
 

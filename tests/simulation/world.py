@@ -38,7 +38,7 @@ from tests.simulation.vault import SimulatedVault, make_vault
 DISK_BLOCKS_MAX: Final = 32
 DISK_BLOCK_BYTES: Final = 65536
 HORIZON_SECONDS: Final = (15.0, 30.0, 60.0)
-FLOOD_PROBABILITY: Final = 0.2
+FLOOD_PROBABILITY: Final = 0.12
 FLOOD: Final = Workload(
     pause_seconds=1.0,
     writes_per_burst_max=12,
@@ -126,8 +126,10 @@ class World:
         return random.Random(f"{self.seed} {name}")
 
     def _draw_sizes(self, draw: random.Random) -> None:
+        is_flood = draw.random() < FLOOD_PROBABILITY
+        self.workload = FLOOD if is_flood else _draw_workload(draw)
         self.copy_interval_seconds = draw.choice((1.0, 3.0, 6.0))
-        self.horizon_seconds = draw.choice(HORIZON_SECONDS)
+        self.horizon_seconds = max(HORIZON_SECONDS) if is_flood else draw.choice(HORIZON_SECONDS)
         self.agent_limits = AgentLimits(
             change_set_raw_bytes=draw.choice((2, 8, 16)) * DISK_BLOCK_BYTES,
             frame_buffers=draw.choice((2, 4)),
@@ -138,7 +140,7 @@ class World:
         )
         cache_file_bytes = draw.choice((2, 3)) * FRAME_RAW_BYTES_MAX
         self.process_server_limits = ProcessServerLimits(
-            cache_bytes_max=draw.choice((4, 4, 8)) * cache_file_bytes,
+            cache_bytes_max=(4 if is_flood else draw.choice((4, 4, 8))) * cache_file_bytes,
             cache_file_bytes=cache_file_bytes,
             segment_stored_bytes_due=draw.choice((64, 256, 1024)) * 1024,
             segment_age_seconds_max=draw.choice((0.2, 1.0, 5.0)),
@@ -150,7 +152,6 @@ class World:
             report_seconds=2.0,
             stop_seconds_max=10.0,
         )
-        self.workload = FLOOD if draw.random() < FLOOD_PROBABILITY else _draw_workload(draw)
         self.disks = [
             SimulatedDisk(
                 self.loop,

@@ -77,8 +77,8 @@ def settle_without_stillness() -> None:
     """A round counts as settled whether or not the disk was proved still."""
 
     def make(is_settled: Any) -> Any:
-        def settle(*, first_bytes: int, is_still: bool, dirty_remains: bool) -> bool:
-            settled: bool = is_settled(first_bytes=first_bytes, is_still=True, dirty_remains=dirty_remains)
+        def settle(**facts: Any) -> bool:
+            settled: bool = is_settled(**{**facts, "is_still": True})
             return settled
 
         return counted(settle)
