@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.simulation.planted import PLANTED_FAULTS, plant
+from tests.simulation.planted import EARLIER_NAMES, PLANTED_FAULTS, plant
 from tests.simulation.planted.search import look_for_all
 from tests.simulation.runs import results
 from tests.simulation.script import Script
@@ -103,7 +103,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=_positive, default=100)
     parser.add_argument("--first-seed", type=int, default=1)
-    parser.add_argument("--fault", choices=sorted(PLANTED_FAULTS), help="plant this defect; it must be found")
+    parser.add_argument(
+        "--fault",
+        type=lambda name: EARLIER_NAMES.get(name, name),
+        choices=sorted(PLANTED_FAULTS),
+        help="plant this defect; it must be found",
+    )
     parser.add_argument("--processes", type=_positive, default=os.cpu_count() or 1)
     parser.add_argument("--trace", action="store_true", help="print every event to stderr, in one process")
     parser.add_argument("--hashes", action="store_true", help="print every seed's trace hash to stderr")

@@ -57,6 +57,7 @@ PLANTED_FAULTS: Final[dict[str, PlantedFault]] = {
     **_breaks(
         11,
         process_server.state_points_at_durable,
+        process_server.believe_what_the_disk_says,
         agent.date_by_the_own_clock,
         process_server.tell_the_own_clock,
         process_server.compare_instants_of_different_clocks,
@@ -80,6 +81,12 @@ PLANTED_FAULTS: Final[dict[str, PlantedFault]] = {
     **_breaks(15, vault.seal_nothing, process_server.keep_data_keys, process_server.use_one_data_key),
 }
 """By the name for FAULT=, which says what is wrong."""
+
+EARLIER_NAMES: Final = {
+    "acknowledge-before-sync": "acknowledge-before-synchronize",
+    "no-trailer-check": "check-no-trailer",
+}
+"""What scripts and notes of others still call them."""
 
 
 def plant(name: str) -> None:
