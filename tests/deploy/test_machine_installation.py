@@ -40,12 +40,15 @@ STEPS = ["connect", "check", "copy", "install", "enroll", "start", "heard"]
 MACHINE = r"""
 rm -f /usr/sbin/policy-rc.d
 mkdir -p /run/sshd /run/systemd/system
-for user in installer nobody-much hanging; do
+for user in installer nobody-much hanging flooding; do
   useradd --create-home --shell /bin/sh --password '*' $user
 done
 printf '#!/bin/sh\nexec sleep 600\n' >/usr/local/bin/hanging-shell
 chmod +x /usr/local/bin/hanging-shell
 usermod --shell /usr/local/bin/hanging-shell hanging
+printf '#!/bin/sh\nexec yes\n' >/usr/local/bin/flooding-shell
+chmod +x /usr/local/bin/flooding-shell
+usermod --shell /usr/local/bin/flooding-shell flooding
 echo 'installer ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/installer
 cat >/usr/bin/systemctl <<'SCRIPT'
 #!/bin/bash
@@ -131,7 +134,7 @@ def package(dist: Path) -> Path:  # noqa: F811
 
 @pytest.fixture(scope="module")
 def host(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """With an sshd, a user who may become root (installer), one who may not, and one whose shell hangs."""
+    """With an sshd, a user who may become root (installer), one who may not, and two whose shells are hostile."""
     need_tool("/usr/sbin/sshd", "openssh-server")
     need_tool("sudo", "sudo")
     directory = tmp_path_factory.mktemp("host")
@@ -220,13 +223,15 @@ def test_a_user_who_cannot_become_root_is_told_so(host: Host, server: RunningSer
     assert "sudo -n" in refused.stderr
 
 
-def test_a_host_that_hangs_has_a_deadline(
+@pytest.mark.parametrize("user", ["hanging", "flooding"])
+def test_a_host_that_says_nothing_or_too_much_has_a_deadline(
     host: Host,
     server: RunningServer,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
+    user: str,
 ) -> None:
     monkeypatch.setattr(installation, "CHECK_SECONDS_MAX", 1.0)
-    refused = install("127.0.0.1", *host.options(server, user="hanging"), "-o", "json")
+    refused = install("127.0.0.1", *host.options(server, user=user), "-o", "json")
     assert refused.exit_code == ExitCode.FAILURE, refused.stderr
     assert json.loads(refused.stdout)[0]["error_code"] == "step-took-too-long"
 
