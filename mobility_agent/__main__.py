@@ -32,6 +32,7 @@ COLUMNS: Final = {
     "path": "path",
     "disk": "disk",
     "state": "state",
+    "source": "source",
     "size_bytes": "size",
     "copied_bytes": "copied",
     "backlog_bytes": "backlog",
@@ -185,7 +186,8 @@ def _note(record: dict[str, Any]) -> str:
         return f"{record['error']['detail']} ({record['error']['hint']})"
     if record["release"]:
         return f"ending, recovery points: {record['release']}"
-    return str(record["unsettled_reason"])
+    better = f"{record['source']}, because {record['source_reason']}" if record["source_reason"] else ""
+    return "; ".join(text for text in (str(record["unsettled_reason"]), better) if text)
 
 
 main.add_command(config_commands(AgentSettings, PROGRAM))

@@ -17,8 +17,8 @@ from mobility_agent.core.ledger import LedgerContents
 from mobility_agent.core.replication import Opening, Relation, Standing
 from mobility_agent.errors import AgentStateDamaged
 from mobility_agent.ledger_file import LedgerFile, read_ledger
-from mobility_agent.ports import DrawRandom, SourceDisk
-from mobility_agent.tracking.scan import ScanSource
+from mobility_agent.ports import SourceDisk
+from mobility_agent.tracking.change_source import ChangeSource
 from protocol.messages import DiskOpened
 from protocol.vocabulary import DiskId
 from runtime.directory import DurableDirectory
@@ -29,9 +29,7 @@ UNKNOWN = Standing(epoch=0, sent_sequence=0, acknowledged_sequence=0)
 class DiskHistory:
     """Methods that block say so; the others are for the event loop. Errors: AgentStateDamaged, OSError."""
 
-    def __init__(
-        self, *, disk: DiskId, source: SourceDisk, directory: DurableDirectory, draw_random: DrawRandom
-    ) -> None:
+    def __init__(self, *, disk: DiskId, source: SourceDisk, changes: ChangeSource, directory: DurableDirectory) -> None:
         self._disk = disk
         self._directory = directory
         self._size_bytes = source.size_bytes
@@ -40,7 +38,7 @@ class DiskHistory:
         self._map = DirtyMap(disk_size_bytes=source.size_bytes)
         self._standing = UNKNOWN
         self._acknowledged_on_disk = 0
-        self.changes = ScanSource(disk=disk, source=source, directory=directory, draw_random=draw_random)
+        self.changes = changes
         self.source = source
 
     @property

@@ -6,7 +6,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from mobility_agent.frame_buffers import FrameBuffers
-from mobility_agent.ports import DrawRandom, OpenSource
+from mobility_agent.ports import DrawRandom, OpenSource, Tracking
 from protocol.vocabulary import CHANGE_SET_RAW_BYTES_MAX, check_range
 from runtime.clock import Clock
 from runtime.directory import DurableDirectory
@@ -18,6 +18,7 @@ class DiskPorts:
 
     directory: DurableDirectory
     open_source: OpenSource
+    tracking: Tracking
     clock: Clock
     draw_random: DrawRandom
     executor: Executor

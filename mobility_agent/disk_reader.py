@@ -70,6 +70,11 @@ class LocalDisk:
     def identity(self) -> DiskIdentity:
         return self._identity
 
+    @property
+    def device(self) -> int | None:
+        """st_rdev of a block device; None for a file."""
+        return self._device if self._is_block else None
+
     def check(self) -> None:
         try:
             status = os.stat(self.path)

@@ -30,6 +30,14 @@ _COUNTERS: Final[dict[str, tuple[str, str]]] = {
     "read_bytes": ("farpoint_agent_disk_read_bytes_total", "Read from the disk since the program began"),
     "sent_bytes": ("farpoint_agent_disk_sent_bytes_total", "Frame bodies sent since the program began"),
     "rounds": ("farpoint_agent_disk_rounds_total", "Rounds that were sent whole since the program began"),
+    "settled_rounds": (
+        "farpoint_agent_disk_settled_rounds_total",
+        "Rounds that ended settled, on live disks by a validated copy, since the program began",
+    ),
+    "audit_alarms": (
+        "farpoint_agent_disk_audit_alarms_total",
+        "Times that tracking was found to have missed writes, which were read again, since the program began",
+    ),
     "points": ("farpoint_agent_disk_points_total", "Recovery points marked since the program began"),
 }
 
@@ -60,6 +68,19 @@ class AgentMetrics(Collector):
             for status in replicated:
                 counter.add_metric([status.disk], float(getattr(status, field)))
             yield counter
+        resyncs = CounterMetricFamily(
+            "farpoint_agent_disk_resyncs_total",
+            "Times that everything had to be compared anew since the program began, by cause",
+            labels=["disk", "cause"],
+        )
+        sources = GaugeMetricFamily("farpoint_agent_disk_source", "1 for the source in use", labels=["disk", "source"])
+        for status in replicated:
+            for cause, count in status.resyncs.items():
+                resyncs.add_metric([status.disk, cause], float(count))
+            if status.source:
+                sources.add_metric([status.disk, status.source], 1.0)
+        yield resyncs
+        yield sources
         states = GaugeMetricFamily("farpoint_agent_disk_state", "1 for the disk's state", labels=["disk", "state"])
         errors = GaugeMetricFamily("farpoint_agent_disk_error", "1 for the disk's error", labels=["disk", "code"])
         for status in replicated:

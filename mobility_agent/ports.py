@@ -10,8 +10,11 @@ from typing import Protocol, TypeAlias
 
 from typing_extensions import Buffer
 
+from mobility_agent.tracking.change_source import ChangeSource
 from protocol.control import DiskIdentity, ProcessServerAddress
 from protocol.transport.channel import Channel
+from protocol.vocabulary import DiskId
+from runtime.directory import DurableDirectory
 
 
 class StillnessProof(Protocol):
@@ -65,6 +68,20 @@ class SourceDisk(Protocol):
 class OpenSource(Protocol):
     def __call__(self, path: str, expected: DiskIdentity | None) -> SourceDisk:
         """Opens the disk at `path`. Raises DiskVanished, DiskReplaced or DiskResized if it is not the expected one."""
+        ...
+
+
+class Tracking(Protocol):
+    """Chooses each disk's change source."""
+
+    def open(
+        self, disk: DiskId, path: str, source: SourceDisk, *, directory: DurableDirectory, draw_random: DrawRandom
+    ) -> ChangeSource:
+        """The best that there is for this disk. Raises DiskNotSupported when the operator wants a better one."""
+        ...
+
+    def forget(self, disk: DiskId) -> None:
+        """The disk is protected no more: nothing of its tracking stays. No effect for one that is unknown."""
         ...
 
 

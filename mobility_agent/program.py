@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +18,7 @@ from mobility_agent.machine_facts import this_machine
 from mobility_agent.metrics import AgentMetrics
 from mobility_agent.service import AgentService
 from mobility_agent.settings import AgentSettings
+from mobility_agent.tracking.selection import SourceSelection
 from protocol.control import AgentOrders, ProcessServerAddress
 from protocol.enrollment import AUTHORITY_FILE, CREDENTIALS_FILE
 from protocol.transport import channel, tls
@@ -46,6 +48,7 @@ class AgentProgram:
         with (
             exclusive_lock(self._path / LOCK_FILE),
             ThreadPoolExecutor(self._settings.worker_threads, thread_name_prefix="disk") as executor,
+            closing(SourceSelection(self._settings.tracking, self._settings.pin_directory)) as tracking,
         ):
             directory = LocalDirectory(self._path)
             identity = read_identity(directory, program=PROGRAM)
@@ -79,6 +82,7 @@ class AgentProgram:
                     limits=self._settings.limits(),
                     machine=this_machine(),
                     on_orders=on_orders,
+                    tracking=tracking,
                 )
                 await self._serve(service, renewal, stop)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,7 +27,7 @@ from mobility_agent.disk_history import DiskHistory
 from mobility_agent.disk_ports import DiskPorts
 from mobility_agent.errors import AgentStateDamaged, CacheLost, DefectMet, DiskFault, ResyncNeeded
 from mobility_agent.rounds import NO_CLOCK, RoundOutcome, RoundSender
-from mobility_agent.tracking.change_source import Round
+from mobility_agent.tracking.change_source import ChangeSource, Round
 from mobility_agent.uplink import Connection
 from protocol.control import DiskIdentity
 from protocol.errors import ConnectionLost, RefusedByPeer, ReplicationError
@@ -72,12 +72,18 @@ class DiskStatus:
     sent_sequence: int
     durable_sequence: int
     committed_sequence: int
+    source_reason: str
+    """Why the source is no better; empty for the best."""
     is_settled: bool
     unsettled_reason: str
     read_bytes: int
     sent_bytes: int
     rounds: int
+    settled_rounds: int
     points: int
+    audit_alarms: int
+    resyncs: Mapping[str, int]
+    """By cause."""
     error: ReplicationError | None
 
 
@@ -134,7 +140,10 @@ class DiskReplication:
         self._retry_seconds = RETRY_SECONDS_MIN
         self._outcome: RoundOutcome | None = None
         self._error: ReplicationError | None = None
-        self._read_bytes = self._sent_bytes = self._rounds = self._points = 0
+        self._read_bytes = self._sent_bytes = self._rounds = self._settled_rounds = self._points = 0
+        self._alarms = 0
+        self._resyncs: dict[str, int] = {}
+        self._source_name, self._source_reason = "", ""
 
     # what others tell
 
@@ -179,7 +188,8 @@ class DiskReplication:
             disk=self.disk,
             path=self.path,
             state=State.STOPPED if is_stopped and isinstance(self._error, DiskFault) else self._state,
-            source="scan",
+            source=self._source_name,
+            source_reason=self._source_reason,
             size_bytes=self._identity.size_bytes,
             copied_bytes=self._copied_bytes() if is_copying else 0,
             copy_total_bytes=self._identity.size_bytes if is_copying else 0,
@@ -193,7 +203,10 @@ class DiskReplication:
             read_bytes=self._read_bytes + (0 if current is None else current.read_bytes),
             sent_bytes=self._sent_bytes,
             rounds=self._rounds,
+            settled_rounds=self._settled_rounds,
             points=self._points,
+            audit_alarms=self._alarms + (0 if history is None else history.changes.alarms),
+            resyncs=dict(self._resyncs),
             error=self._error,
         )
 
@@ -291,6 +304,8 @@ class DiskReplication:
         try:
             event = await work
         except ResyncNeeded as fault:
+            cause = str(fault.fields["cause"])
+            self._resyncs[cause] = self._resyncs.get(cause, 0) + 1
             event, error = Event.RESYNC_NEEDED, fault
         except ConnectionLost:
             return  # the connection tells it itself
@@ -321,6 +336,7 @@ class DiskReplication:
             return Event.CONNECTION_LOST
         if self._history is None:
             self._history = await blocking(self._ports.executor, self._load)
+            self._note_source(self._history.changes)
         history = self._history
         await blocking(self._ports.executor, history.source.check)
         standing = history.standing
@@ -351,16 +367,27 @@ class DiskReplication:
 
     def _load(self) -> DiskHistory:
         """Runs in the executor."""
-        source = self._ports.open_source(self.path, self._identity)
-        history = DiskHistory(
-            disk=self.disk, source=source, directory=self._ports.directory, draw_random=self._ports.draw_random
-        )
+        ports = self._ports
+        source = ports.open_source(self.path, self._identity)
+        try:
+            changes = ports.tracking.open(
+                self.disk, self.path, source, directory=ports.directory, draw_random=ports.draw_random
+            )
+        except BaseException:
+            source.close()
+            raise
+        history = DiskHistory(disk=self.disk, source=source, changes=changes, directory=ports.directory)
         try:
             history.load()
         except BaseException:
             history.close()
             raise
         return history
+
+    def _note_source(self, changes: ChangeSource) -> None:
+        if (changes.name, changes.reason) != (self._source_name, self._source_reason):
+            log.info("source", disk=self.disk, path=self.path, source=changes.name, why_no_better=changes.reason)
+        self._source_name, self._source_reason = changes.name, changes.reason
 
     async def _copy(self) -> Event:
         await self._run_round(first_bytes=self._cursor_bytes, is_copy=True)
@@ -379,10 +406,16 @@ class DiskReplication:
             await channel.connection.wait_for_tick(TICK_SECONDS_MAX)
         began = self._ports.clock.monotonic_seconds()
         self._round_wanted.clear()
+        begin_tick_ns = channel.connection.last_tick_ns
         changes = await blocking(self._ports.executor, lambda: history.changes.begin_round(first_bytes=first_bytes))
         self._round = changes
         sender = RoundSender(
-            connection=channel.connection, channel=channel.number, history=history, ports=self._ports, is_copy=is_copy
+            connection=channel.connection,
+            channel=channel.number,
+            history=history,
+            ports=self._ports,
+            is_copy=is_copy,
+            begin_tick_ns=begin_tick_ns,
         )
         try:
             self._outcome = await sender.send_round(changes, first_bytes=first_bytes, is_point_due=self._is_point_due)
@@ -392,6 +425,7 @@ class DiskReplication:
             self._read_bytes += changes.read_bytes
             self._sent_bytes += sender.sent_bytes
         self._rounds += 1
+        self._settled_rounds += self._outcome.is_settled
         self._cursor_bytes = 0
         self._retry_seconds = RETRY_SECONDS_MIN
         if self._outcome.point is not None:
@@ -463,4 +497,5 @@ class DiskReplication:
     async def _let_go(self) -> None:
         history, self._history = self._history, None
         if history is not None:
+            self._alarms += history.changes.alarms
             await blocking(self._ports.executor, history.close)

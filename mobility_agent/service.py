@@ -18,7 +18,7 @@ from mobility_agent.disk_history import forget_disk
 from mobility_agent.disk_ports import DiskPorts
 from mobility_agent.errors import AgentStateDamaged
 from mobility_agent.frame_buffers import FrameBuffers
-from mobility_agent.ports import Connect, DrawRandom, OpenSource
+from mobility_agent.ports import Connect, DrawRandom, OpenSource, Tracking
 from mobility_agent.protection import (
     PROTECTION_FILE,
     ProtectedDisk,
@@ -31,6 +31,7 @@ from mobility_agent.protection import (
 )
 from mobility_agent.replication import DiskPace, DiskReplication, DiskStatus
 from mobility_agent.reports import MachineFacts, agent_report
+from mobility_agent.tracking.scan import ScanOnly
 from mobility_agent.uplink import ConnectionLimits, Uplink
 from protocol.control import (
     NO_REVISION,
@@ -114,6 +115,7 @@ class AgentService:
         limits: AgentLimits | None = None,
         machine: MachineFacts | None = None,
         on_orders: Callable[[AgentOrders], None] | None = None,
+        tracking: Tracking | None = None,
     ) -> None:
         """directory holds all of the agent's durable state, for this service alone. on_orders hears of all new
         orders."""
@@ -127,9 +129,11 @@ class AgentService:
         self._executor = executor
         self._machine = machine or MachineFacts()
         self._on_orders = on_orders
+        self._tracking = tracking or ScanOnly()
         self._ports = DiskPorts(
             directory=directory,
             open_source=open_source,
+            tracking=self._tracking,
             clock=clock,
             draw_random=draw_random,
             executor=executor,
@@ -441,6 +445,7 @@ class AgentService:
 
     async def _forget(self, disk: DiskId) -> None:
         try:
+            await blocking(self._executor, lambda: self._tracking.forget(disk))
             await blocking(self._executor, lambda: forget_disk(self._directory, disk))
         except OSError as error:
             raise AgentStateDamaged(name=disk, reason=error.strerror or str(error)) from error

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Final
 
+from blake3 import blake3
 from pydantic import Field
 
+from mobility_agent.core.tracking_choice import WantedSource
 from mobility_agent.service import AgentLimits
 from protocol.vocabulary import CHANGE_SET_RAW_BYTES_MAX, FRAME_RAW_BYTES_MAX
 from runtime.logs import LogSettings
@@ -15,6 +17,7 @@ from runtime.settings import Settings
 from runtime.units import Bytes, Seconds
 
 DEFAULT_STATE_DIRECTORY: Final = Path("/var/lib/farpoint/mobility-agent")
+DEFAULT_TRACKING_DIRECTORY: Final = Path("/sys/fs/bpf/farpoint")
 DEFAULT_OBSERVABILITY_ADDRESS: Final = "127.0.0.1:9464"
 
 
@@ -27,6 +30,10 @@ class AgentSettings(Settings):
     frame_buffers: Annotated[int, Field(ge=2, le=256)] = 8
     """Of 1 MiB each: what the agent holds of its disks' data in memory, over all disks."""
     worker_threads: Annotated[int, Field(ge=1, le=64)] = 2
+    tracking: WantedSource = WantedSource.AUTO
+    """auto: the best source that the machine allows; bitmap: nothing less; scan: nothing more."""
+    tracking_directory: Path = DEFAULT_TRACKING_DIRECTORY
+    """In a BPF file system; each agent has a directory of its own in it."""
     compress: bool = False
     """Compress with zstd here rather than at the process server: less network, more CPU on the source."""
     reconnect_seconds_max: Annotated[Seconds, Field(ge=1, le=600)] = 30.0
@@ -35,6 +42,11 @@ class AgentSettings(Settings):
     """The age at which the agent renews its certificate."""
     log: LogSettings = LogSettings()
     observability: ObservabilitySettings = ObservabilitySettings(address=DEFAULT_OBSERVABILITY_ADDRESS)
+
+    @property
+    def pin_directory(self) -> Path:
+        """Of the agent with this state directory, for it alone."""
+        return self.tracking_directory / f"agent_{blake3(str(self.state_directory.resolve()).encode()).hexdigest(8)}"
 
     def limits(self) -> AgentLimits:
         return AgentLimits(

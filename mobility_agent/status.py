@@ -33,6 +33,7 @@ def _record(status: ProtectionStatus) -> dict[str, Any]:
         record |= {
             "state": disk_state(now).value,
             "source": now.source,
+            "source_reason": now.source_reason,
             "copied_bytes": now.copied_bytes,
             "copy_total_bytes": now.copy_total_bytes,
             "backlog_bytes": now.backlog_bytes,
@@ -45,7 +46,10 @@ def _record(status: ProtectionStatus) -> dict[str, Any]:
             "read_bytes": now.read_bytes,
             "sent_bytes": now.sent_bytes,
             "rounds": now.rounds,
+            "settled_rounds": now.settled_rounds,
             "points": now.points,
+            "audit_alarms": now.audit_alarms,
+            "resyncs": dict(now.resyncs),
         }
     if error is not None:
         record["error"] = fault_report(error).model_dump()
@@ -58,6 +62,7 @@ def _at_rest(path: str, disk: str | None, size_bytes: int) -> dict[str, Any]:
         "disk": disk,
         "state": "waiting",
         "source": "",
+        "source_reason": "",
         "size_bytes": size_bytes,
         "copied_bytes": 0,
         "copy_total_bytes": 0,
@@ -71,6 +76,9 @@ def _at_rest(path: str, disk: str | None, size_bytes: int) -> dict[str, Any]:
         "read_bytes": 0,
         "sent_bytes": 0,
         "rounds": 0,
+        "settled_rounds": 0,
         "points": 0,
+        "audit_alarms": 0,
+        "resyncs": {},
         "error": None,
     }

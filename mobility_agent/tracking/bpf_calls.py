@@ -79,7 +79,8 @@ def lookup(descriptor: int, key: bytes, *, value_bytes: int) -> bytes | None:
 
 def update(descriptor: int, key: bytes, value: bytes) -> None:
     """For a map of maps it returns once no program uses the map that was there before any more."""
-    call(Command.MAP_UPDATE, _element(descriptor, key, ctypes.create_string_buffer(value, len(value))))
+    buffer = ctypes.create_string_buffer(value, len(value))
+    call(Command.MAP_UPDATE, _element(descriptor, key, buffer))
 
 
 def delete(descriptor: int, key: bytes) -> bool:
@@ -143,6 +144,6 @@ def _info(descriptor: int) -> bytes:
 
 
 def _element(descriptor: int, key: bytes | None, value: ctypes.Array[ctypes.c_char] | None) -> bytes:
-    # why: the buffers must live until the call; bytes objects do, and a copy made here would not.
+    """Key and value must live until the call has been made: only their addresses are in it."""
     key_address = 0 if key is None else ctypes.cast(ctypes.c_char_p(key), ctypes.c_void_p).value or 0
     return struct.pack("<IxxxxQQQ", descriptor, key_address, 0 if value is None else ctypes.addressof(value), 0)

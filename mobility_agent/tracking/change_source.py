@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mobility_agent.core.change_sets import PackedFrame
+from mobility_agent.core.dirty_map import SentRecord
 from mobility_agent.core.extent_set import ExtentSet
+from protocol.vocabulary import SEQUENCE_MAX
 
 
 class Promise(enum.Enum):
@@ -47,6 +49,8 @@ class RoundEnd:
     promise: Promise
     reason: str
     """Why the promise is no better; empty for the best."""
+    is_of_begin: bool = False
+    """If it is still: it is what the disk held when the round began, and what was written since is not in it."""
 
 
 class Round(Protocol):
@@ -95,6 +99,21 @@ class ChangeSource(Protocol):
         """scan, bitmap, capture or snapshot."""
         ...
 
+    @property
+    def reason(self) -> str:
+        """Why this disk has no better source; empty for the best."""
+        ...
+
+    @property
+    def alarms(self) -> int:
+        """How often since the program began the source found that it had missed something, and mended it."""
+        ...
+
+    def restore(self, epoch: int, records: Sequence[SentRecord], *, sent_sequence: int = SEQUENCE_MAX) -> bool:
+        """Takes up what is known of the epoch after a restart; 0: of none. records: all that the ledger holds;
+        sent_sequence: its newest. Returns whether what is known can be used."""
+        ...
+
     def enter_epoch(self, epoch: int, *, parent_sequence: int | None, is_base_empty: bool) -> None:
         """The history goes on in `epoch`. parent_sequence: what went out at or before it in the epoch before is there;
         None: nothing is known. Durable on return."""
@@ -115,6 +134,10 @@ class ChangeSource(Protocol):
 
     def synchronize(self) -> None:
         """On return what sent() said survives power loss, so that the ledger may drop it."""
+        ...
+
+    def remove_other_epochs(self) -> None:
+        """The ledger names the epoch that was entered: what was kept of others goes."""
         ...
 
     def close(self) -> None: ...

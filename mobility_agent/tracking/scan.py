@@ -54,10 +54,18 @@ class ScanSource:
     """The digests of one disk, and rounds over it. Implements ChangeSource."""
 
     name: Final = "scan"
+    alarms: Final = 0
 
     def __init__(
-        self, *, disk: DiskId, source: SourceDisk, directory: DurableDirectory, draw_random: DrawRandom
+        self,
+        *,
+        disk: DiskId,
+        source: SourceDisk,
+        directory: DurableDirectory,
+        draw_random: DrawRandom,
+        reason: str = "",
     ) -> None:
+        self.reason = reason
         self._disk = disk
         self._source = source
         self._directory = directory
@@ -146,6 +154,19 @@ class ScanSource:
                 self._directory.remove(name)
 
 
+class ScanOnly:
+    """Implements Tracking for machines on which nothing is tracked."""
+
+    def open(
+        self, disk: DiskId, path: str, source: SourceDisk, *, directory: DurableDirectory, draw_random: DrawRandom
+    ) -> ScanSource:
+        reason = "this agent tracks no disks"
+        return ScanSource(disk=disk, source=source, directory=directory, draw_random=draw_random, reason=reason)
+
+    def forget(self, disk: DiskId) -> None:
+        """There is nothing to forget."""
+
+
 class ScanRound:
     """One pass over [first_bytes, size). Implements Round."""
 
@@ -197,7 +218,7 @@ class ScanRound:
                     own.add(change)
                 return [*frames, self._frame(own, finding.digests, 0, self._at)]
             for change in finding.changes:
-                packer.add(_moved(change, packing, packer.raw_bytes))
+                packer.add(moved(change, packing, packer.raw_bytes))
             digests += finding.digests
             is_full = not packer.fits(raw_bytes=DIGEST_BLOCK_BYTES, extents=WINDOW_BLOCKS)
             if is_full or len(digests) >= ZERO_RUN_BLOCKS_MAX:
@@ -239,13 +260,13 @@ class ScanRound:
         known = self._digests.known(first_block, -(-end // DIGEST_BLOCK_BYTES))
         found: list[tuple[int, ChangeKind]] = []
         digests: Receipt = []
-        all_zero = _is_zero(view)
+        all_zero = is_zero(view)
         for index, expected in enumerate(known):
             block = view[index * DIGEST_BLOCK_BYTES : (index + 1) * DIGEST_BLOCK_BYTES]
-            is_zero = all_zero or _is_zero(block)
-            digest = self._digests.zero_digest(first_block + index) if is_zero else self._digests.digest(block)
+            is_empty = all_zero or is_zero(block)
+            digest = self._digests.zero_digest(first_block + index) if is_empty else self._digests.digest(block)
             if digest != expected:
-                found.append((index, ChangeKind.ZEROES if is_zero else ChangeKind.DATA))
+                found.append((index, ChangeKind.ZEROES if is_empty else ChangeKind.DATA))
                 digests.append((first_block + index, digest))
         changes = [
             Change(
@@ -254,7 +275,7 @@ class ScanRound:
                 kind=kind,
                 data=view[low * DIGEST_BLOCK_BYTES : high * DIGEST_BLOCK_BYTES] if kind is ChangeKind.DATA else None,
             )
-            for low, high, kind in _runs(found)
+            for low, high, kind in runs(found)
         ]
         return _Finding(changes=changes, digests=digests, raw_bytes=sum(change.raw_bytes for change in changes))
 
@@ -278,7 +299,7 @@ class ScanRound:
                 length_bytes=min(high * DIGEST_BLOCK_BYTES, self._size_bytes) - low * DIGEST_BLOCK_BYTES,
                 kind=kind,
             )
-            for low, high, kind in _runs(blocks)
+            for low, high, kind in runs(blocks)
         ]
         return _Finding(changes=changes, digests=digests, raw_bytes=0)
 
@@ -292,13 +313,14 @@ class ScanRound:
         )
 
 
-def _is_zero(view: memoryview) -> bool:
+def is_zero(view: memoryview) -> bool:
+    """Of at most WINDOW_BYTES."""
     # why: bytearray == memoryview with the bytearray on the left is the fastest zero test there is.
     zeroes = ZEROES if len(view) == len(ZEROES) else ZEROES[: len(view)]
     return zeroes == view
 
 
-def _moved(change: Change, packing: memoryview, at: int) -> Change:
+def moved(change: Change, packing: memoryview, at: int) -> Change:
     """The change with its data copied into the packing buffer at `at`."""
     if change.data is None:
         return change
@@ -307,7 +329,7 @@ def _moved(change: Change, packing: memoryview, at: int) -> Change:
     return Change(offset_bytes=change.offset_bytes, length_bytes=change.length_bytes, kind=change.kind, data=target)
 
 
-def _runs(found: Sequence[tuple[int, ChangeKind]]) -> Iterator[tuple[int, int, ChangeKind]]:
+def runs(found: Sequence[tuple[int, ChangeKind]]) -> Iterator[tuple[int, int, ChangeKind]]:
     """(first, end, kind) of neighbours of one kind."""
     start = 0
     for index in range(1, len(found) + 1):

@@ -1,0 +1,336 @@
+"""The maps of one disk that the tracing programs follow, as the agent shares them with the kernel.
+
+- A block that was marked is in a map in use, in a retired map, or pending, until the agent takes it out of what is
+  pending; never in none of them, whoever is killed when. Everything is pinned.
+- What is retired goes into `pending` (and, if marked at submission, into `unaudited`) before it is cleared.
+- Only the kernel writes to a map in use, and only the agent to the others.
+"""
+
+from __future__ import annotations
+
+import enum
+import mmap
+import os
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Final
+
+import numpy
+
+from mobility_agent.core.write_audit import AuditBase, AuditReading
+from mobility_agent.tracking import bpf_calls
+from mobility_agent.tracking.abilities import block_device_directory
+from mobility_agent.tracking.block_bits import Bits, BlockLayout
+
+CHUNK_BYTES: Final = 4096
+CHUNK_BLOCKS: Final = 8 * CHUNK_BYTES
+QUIET_POLL_SECONDS: Final = 0.001
+_COUNTERS: Final = struct.Struct("<11Q")
+_FLIGHT: Final = struct.Struct("<QQ")
+_CHANGE: Final = struct.Struct("<QII")
+_SECTORS_WRITTEN: Final = 6
+_SECTORS_DISCARDED: Final = 13
+"""Fields of /sys/block/X/stat."""
+
+
+class Marks(enum.IntEnum):
+    """The two kinds of maps in use; the number is the programs' own."""
+
+    COMPLETION = 0
+    SUBMISSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counters:
+    """What the programs counted, in the order of their structure."""
+
+    submitted_sectors: int
+    completed_sectors: int
+    completed_sectors_again: int
+    pass_through: int
+    beyond_end: int
+    untracked: int
+    foreign: int
+    never_completed: int
+    failed: int
+    discards: int
+    zeroings: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Facts:
+    """What outlives the agent about one followed disk; integers only."""
+
+    device: int
+    disk_sequence: int
+    size_bytes: int
+    block_bytes: int
+    slot: int
+    completed_ahead: int = 0
+    submitted_ahead: int = 0
+    missed_submissions: int = 0
+    pass_through: int = 0
+    beyond_end: int = 0
+    never_completed: int = 0
+    is_unsettled: int = 1
+    """What was marked at submission since the last clean audit may have been read too early: it is read again."""
+    forgiven_even: int = 0
+    forgiven_odd: int = 0
+    """Changes in flight, by the parity of their generation, that were given up as completed unseen."""
+
+    @property
+    def audit_base(self) -> AuditBase:
+        return AuditBase(
+            completed_ahead=self.completed_ahead,
+            submitted_ahead=self.submitted_ahead,
+            missed_submissions=self.missed_submissions,
+        )
+
+    @audit_base.setter
+    def audit_base(self, base: AuditBase) -> None:
+        self.completed_ahead = base.completed_ahead
+        self.submitted_ahead = base.submitted_ahead
+        self.missed_submissions = base.missed_submissions
+
+
+_FACTS: Final = struct.Struct(f"<8s{len(fields(Facts))}q")
+_FACTS_MAGIC: Final = b"FPTRACK1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramMaps:
+    """Descriptors of what all followed disks share."""
+
+    marks_in_use: int
+    in_flight: int
+    disk_counters: int
+    flights: int
+    submission_program: int
+
+
+class FollowedDisk:
+    """Calls block shortly; one thread at a time. Errors: OSError."""
+
+    def __init__(self, directory: Path, programs: ProgramMaps, facts: Facts, *, is_new: bool) -> None:
+        """directory: where its maps are pinned; is_new: they are made there."""
+        self.facts = facts
+        self.layout = BlockLayout(size_bytes=facts.size_bytes, block_bytes=facts.block_bytes)
+        self._programs = programs
+        self._maps: dict[str, _SharedMap] = {}
+        chunks = -(-self.layout.windows * self.layout.window_blocks // CHUNK_BLOCKS) + 1
+        names = [_name(kind, parity) for kind in Marks for parity in (0, 1)] + ["pending", "unaudited"]
+        try:
+            for name in names:
+                self._maps[name] = _SharedMap(directory / name, chunks=chunks, is_new=is_new)
+            self._maps["facts"] = _SharedMap(directory / "facts", chunks=1, is_new=is_new)
+            if is_new:
+                self._maps[_name(Marks.SUBMISSION, 1)].header[0] = 1
+                self.write_facts()
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def read_facts(directory: Path) -> Facts | None:
+        """None when the maps there are no disk's, or of another version."""
+        try:
+            shared = _SharedMap(directory / "facts", chunks=1, is_new=False)
+        except (OSError, ValueError):
+            return None
+        try:
+            magic, *values = _FACTS.unpack_from(shared.memory)
+        finally:
+            shared.close()
+        if magic != _FACTS_MAGIC:
+            return None
+        return Facts(**dict(zip((field.name for field in fields(Facts)), values, strict=True)))
+
+    @property
+    def pending(self) -> Bits:
+        """Marked, and not yet in the ledger."""
+        return self._maps["pending"].bits
+
+    @property
+    def unaudited(self) -> Bits:
+        """Marked at submission by the retired generations since all was last known to be well."""
+        return self._maps["unaudited"].bits
+
+    def in_use(self, kind: Marks) -> Bits:
+        """For looking only."""
+        return self._maps[_name(kind, self._parity_in_use(kind))].bits
+
+    def write_facts(self) -> None:
+        values = (getattr(self.facts, field.name) for field in fields(Facts))
+        _FACTS.pack_into(self._maps["facts"].memory, 0, _FACTS_MAGIC, *values)
+
+    def put_in_use(self) -> None:
+        """The maps that were in use before, or the first ones, for programs that know nothing of them yet."""
+        for kind in Marks:
+            self._use(kind, self._parity_in_use(kind))
+
+    def adopt_retired(self) -> None:
+        """Takes up what a predecessor may have retired and not yet put into what is pending."""
+        for kind in Marks:
+            self._retire(kind, 1 - self._parity_in_use(kind))
+
+    def swap(self) -> int:
+        """Puts the other maps into use; all that was marked up to now is pending on return. Returns the parity of the
+        generation that ended: its changes may still be in flight."""
+        ended = self._parity_in_use(Marks.SUBMISSION)
+        for kind in Marks:
+            parity = self._parity_in_use(kind)
+            self._use(kind, 1 - parity)
+            self._retire(kind, parity)
+        return ended
+
+    def is_quiet(self, parity: int) -> bool:
+        """Whether every change of the generations of this parity, none of which is in use, has completed."""
+        key = struct.pack("<I", 2 * self.facts.slot + parity)
+        value = bpf_calls.lookup(self._programs.flights, key, value_bytes=_FLIGHT.size)
+        begun, ended = (0, 0) if value is None else _FLIGHT.unpack(value)
+        return bool(begun == ended + (self.facts.forgiven_odd if parity else self.facts.forgiven_even))
+
+    def wait_until_quiet(self, parity: int, *, seconds_max: float) -> bool:
+        """Whether it became so in time."""
+        deadline = time.monotonic() + seconds_max
+        while not self.is_quiet(parity):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(QUIET_POLL_SECONDS)
+        return True
+
+    def changes_in_flight(self) -> dict[bytes, tuple[int, int, int]]:
+        """By their key: (sector, bytes, flight). As of about now."""
+        found = {}
+        for key in bpf_calls.keys(self._programs.in_flight, key_bytes=8):
+            value = bpf_calls.lookup(self._programs.in_flight, key, value_bytes=_CHANGE.size)
+            if value is not None and _CHANGE.unpack(value)[2] // 2 == self.facts.slot:
+                found[key] = _CHANGE.unpack(value)
+        return found
+
+    def forgive(self, key: bytes, flight: int) -> None:
+        """A change in flight that has ended without being seen: nobody waits for it any more."""
+        if bpf_calls.delete(self._programs.in_flight, key):
+            if flight % 2:
+                self.facts.forgiven_odd += 1
+            else:
+                self.facts.forgiven_even += 1
+            self.write_facts()
+
+    def counters(self) -> Counters:
+        key = struct.pack("<I", self.facts.slot)
+        width = _COUNTERS.size
+        value = bpf_calls.lookup(self._programs.disk_counters, key, value_bytes=width * possible_processors()) or b""
+        sums = numpy.frombuffer(value, "<u8").reshape(-1, width // 8).sum(axis=0)
+        return Counters(**{field.name: int(sums[index]) for index, field in enumerate(fields(Counters))})
+
+    def read_audit(self) -> AuditReading:
+        """The kernel's count first, the programs' second."""
+        kernel_sectors = self._kernel_sectors()
+        counters = self.counters()
+        return AuditReading(
+            kernel_sectors=kernel_sectors,
+            completed_sectors=max(counters.completed_sectors, counters.completed_sectors_again),
+            submitted_sectors=counters.submitted_sectors,
+            missed_submissions=bpf_calls.recursion_misses(self._programs.submission_program),
+        )
+
+    def kernel_in_flight(self) -> int:
+        """Writes under way, as the kernel counts them."""
+        return int((self._sysfs / "inflight").read_text(encoding="ascii").split()[1])
+
+    def close(self) -> None:
+        maps, self._maps = self._maps, {}
+        for shared in maps.values():
+            shared.close()
+
+    @property
+    def _sysfs(self) -> Path:
+        return block_device_directory(self.facts.device)
+
+    def _kernel_sectors(self) -> int:
+        found = (self._sysfs / "stat").read_text(encoding="ascii").split()
+        return int(found[_SECTORS_WRITTEN]) + int(found[_SECTORS_DISCARDED])
+
+    def _parity_in_use(self, kind: Marks) -> int:
+        value = bpf_calls.lookup(self._programs.marks_in_use, self._place(kind), value_bytes=4)
+        if value is None:
+            return 0
+        return int(struct.unpack("<I", value)[0] == self._maps[_name(kind, 1)].identifier)
+
+    def _use(self, kind: Marks, parity: int) -> None:
+        descriptor = self._maps[_name(kind, parity)].descriptor
+        bpf_calls.update(self._programs.marks_in_use, self._place(kind), struct.pack("<I", descriptor))
+
+    def _retire(self, kind: Marks, parity: int) -> None:
+        bits = self._maps[_name(kind, parity)].bits
+        with _marked_words(bits) as (words, marked):
+            self.pending.view("<u8")[marked] |= words[marked]
+            if kind is Marks.SUBMISSION:
+                self.unaudited.view("<u8")[marked] |= words[marked]
+            words[marked] = 0
+
+    def _place(self, kind: Marks) -> bytes:
+        return struct.pack("<I", 2 * self.facts.slot + kind)
+
+
+class _SharedMap:
+    """A pinned map in this process's memory; chunk 0 is its header."""
+
+    def __init__(self, path: Path, *, chunks: int, is_new: bool) -> None:
+        size = chunks * CHUNK_BYTES
+        if is_new:
+            self.descriptor = bpf_calls.create_map(
+                bpf_calls.MapKind.ARRAY,
+                name="farpoint",
+                key_bytes=4,
+                value_bytes=CHUNK_BYTES,
+                entries=chunks,
+                flags=bpf_calls.MAP_MMAPABLE | bpf_calls.MAP_INNER,
+            )
+        else:
+            self.descriptor = bpf_calls.get_pinned(str(path))
+        try:
+            if is_new:
+                bpf_calls.pin(self.descriptor, str(path))
+            self.identifier = bpf_calls.map_identifier(self.descriptor)
+            self.memory = mmap.mmap(self.descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+        self._bytes: Bits | None = numpy.frombuffer(self.memory, numpy.uint8)
+
+    @property
+    def bits(self) -> Bits:
+        assert self._bytes is not None
+        return self._bytes[CHUNK_BYTES:]
+
+    @property
+    def header(self) -> Bits:
+        assert self._bytes is not None
+        return self._bytes[:CHUNK_BYTES]
+
+    def close(self) -> None:
+        # why: the mapping itself goes with the last array that looks into it; a round may still hold one.
+        self._bytes = None
+        os.close(self.descriptor)
+
+
+@contextmanager
+def _marked_words(bits: Bits) -> Iterator[tuple[numpy.typing.NDArray[numpy.uint64], numpy.typing.NDArray[numpy.int64]]]:
+    words = bits.view("<u8")
+    yield words, numpy.flatnonzero(words)
+
+
+def _name(kind: Marks, parity: int) -> str:
+    return f"{kind.name.lower()}_{parity}"
+
+
+def possible_processors() -> int:
+    """As many values a map per processor has."""
+    last = Path("/sys/devices/system/cpu/possible").read_text(encoding="ascii").strip().split(",")[-1]
+    return int(last.split("-")[-1]) + 1

@@ -1,0 +1,245 @@
+"""The tracing programs of one agent in the kernel: attached, pinned, found after a restart, replaced by an upgrade.
+
+Everything lies below one directory of a BPF file system, which is one agent's alone (it holds its state directory's
+lock): `programs_VERSION` with programs, links and shared maps, and `disks/DISK` with the maps of each followed disk.
+A name that ends in `_new` is unfinished and removed by the next start. To remove the directory is to end tracking.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from pathlib import Path
+from typing import Final
+
+from mobility_agent.core.write_audit import AuditBase
+from mobility_agent.tracking import bpf_calls
+from mobility_agent.tracking.abilities import block_device_directory
+from mobility_agent.tracking.block_bits import BlockLayout
+from mobility_agent.tracking.bpf_skeleton import Skeleton, load, shipped_skeleton
+from mobility_agent.tracking.followed_disk import Facts, FollowedDisk, Marks, ProgramMaps
+from protocol.vocabulary import DiskId
+
+FOLLOWED_DISKS_MAX: Final = 64
+"""The programs' own limit."""
+UNFINISHED: Final = "_new"
+SUBMISSION_PROGRAM: Final = "mark_submitted"
+_FOLLOWED: Final = struct.Struct("<IIQ")
+
+
+class KernelTracker:
+    """Attached from open() on, also after close(). Calls block; they may come from several threads. Errors: OSError."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._disks = directory / "disks"
+        self._lock = threading.Lock()
+        self._descriptors: dict[str, int] = {}
+
+    def open(self) -> None:
+        """Finds the programs that are attached, or attaches this version's; an older version's go afterwards."""
+        with self._lock:
+            if self._descriptors:
+                return
+            skeleton, version = shipped_skeleton()
+            current = self._directory / f"programs_{version}"
+            self._disks.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for place in (*self._directory.iterdir(), *self._disks.iterdir()):
+                if place.name.endswith(UNFINISHED):
+                    remove_pins(place)
+            if not all((current / f"link_{name}").exists() for name in skeleton.programs):
+                # why: without all links there were writes that nobody saw; disks that new programs do not know begin
+                # anew.
+                remove_pins(current)
+                _attach(skeleton, current)
+            self._descriptors = _open_programs(skeleton, current)
+            self._take_over(current)
+
+    def follow(self, disk: DiskId, *, device: int, size_bytes: int) -> tuple[FollowedDisk, str]:
+        """The disk's maps, and why its tracking had to begin anew: empty if it went on all the while.
+
+        device: st_rdev of the whole disk. Everything is pending in what begins anew.
+        """
+        with self._lock:
+            place = self._disks / disk
+            why = "its tracking begins"
+            if place.exists():
+                facts = FollowedDisk.read_facts(place)
+                wanted = (device, _disk_sequence(device), size_bytes)
+                if facts is not None and (facts.device, facts.disk_sequence, facts.size_bytes) == wanted:
+                    if self._is_followed(facts):
+                        found = FollowedDisk(place, self._programs, facts, is_new=False)
+                        found.adopt_retired()
+                        return found, ""
+                    why = "the kernel no longer tracked it"
+                else:
+                    why = "the device was away, or is another one"
+                self._unfollow(disk)
+            return self._begin(disk, device=device, size_bytes=size_bytes), why
+
+    def unfollow(self, disk: DiskId) -> None:
+        """Ends the disk's tracking and frees its maps; no effect where it is not followed."""
+        with self._lock:
+            self._unfollow(disk)
+
+    def misses(self) -> dict[str, int]:
+        """By program: how often an interrupt kept it from running."""
+        return {
+            name.removeprefix("program_"): bpf_calls.recursion_misses(descriptor)
+            for name, descriptor in self._descriptors.items()
+            if name.startswith("program_")
+        }
+
+    def close(self) -> None:
+        """The programs stay attached."""
+        with self._lock:
+            descriptors, self._descriptors = self._descriptors, {}
+            for descriptor in descriptors.values():
+                os.close(descriptor)
+
+    @property
+    def _programs(self) -> ProgramMaps:
+        return ProgramMaps(
+            marks_in_use=self._descriptors["marks_in_use"],
+            in_flight=self._descriptors["in_flight"],
+            disk_counters=self._descriptors["disk_counters"],
+            flights=self._descriptors["flights"],
+            submission_program=self._descriptors[f"program_{SUBMISSION_PROGRAM}"],
+        )
+
+    def _take_over(self, current: Path) -> None:
+        """Lets these programs mark for the disks that an older version's follow, and ends the older ones."""
+        older = [place for place in self._directory.glob("programs_*") if place != current]
+        for place in self._disks.iterdir():
+            facts = FollowedDisk.read_facts(place)
+            if facts is None:
+                remove_pins(place)
+            elif not self._is_followed(facts) and older:
+                found = FollowedDisk(place, self._programs, facts, is_new=False)
+                try:
+                    self._start(found)
+                finally:
+                    found.close()
+        for place in older:
+            remove_pins(place)
+        known = {facts.device for place in self._disks.iterdir() if (facts := FollowedDisk.read_facts(place))}
+        followed = self._descriptors["followed_disks"]
+        for key in list(bpf_calls.keys(followed, key_bytes=4)):
+            if struct.unpack("<I", key)[0] not in {_kernel_number(device) for device in known}:
+                bpf_calls.delete(followed, key)
+
+    def _begin(self, disk: DiskId, *, device: int, size_bytes: int) -> FollowedDisk:
+        taken = {facts.slot for place in self._disks.iterdir() if (facts := FollowedDisk.read_facts(place))}
+        slot = next((slot for slot in range(FOLLOWED_DISKS_MAX) if slot not in taken), None)
+        if slot is None:
+            raise OSError(f"at most {FOLLOWED_DISKS_MAX} disks of a machine are tracked")
+        facts = Facts(
+            device=device,
+            disk_sequence=_disk_sequence(device),
+            size_bytes=size_bytes,
+            block_bytes=BlockLayout.of(size_bytes).block_bytes,
+            slot=slot,
+        )
+        place = self._disks / f"{disk}{UNFINISHED}"
+        if place.exists():
+            remove_pins(place)
+        place.mkdir(mode=0o700)
+        made = FollowedDisk(place, self._programs, facts, is_new=True)
+        made.layout.mark_all(made.pending)
+        self._start(made)
+        os.rename(place, self._disks / disk)
+        return made
+
+    def _start(self, disk: FollowedDisk) -> None:
+        """From now on the programs mark for it."""
+        facts = disk.facts
+        for key, (_, _, flight) in disk.changes_in_flight().items():
+            disk.forgive(key, flight)
+        disk.put_in_use()
+        for parity in (0, 1):
+            place = struct.pack("<I", 2 * facts.slot + parity)
+            bpf_calls.update(self._descriptors["flights"], place, bytes(16))
+        value = _FOLLOWED.pack(facts.slot, disk.layout.sectors_shift, disk.layout.blocks)
+        bpf_calls.update(self._descriptors["followed_disks"], _number_of(facts), value)
+        counters = disk.counters()
+        facts.pass_through, facts.beyond_end = counters.pass_through, counters.beyond_end
+        facts.never_completed = counters.never_completed
+        facts.audit_base = AuditBase.of(disk.read_audit())
+        facts.forgiven_even = facts.forgiven_odd = 0
+        facts.is_unsettled = 1
+        disk.write_facts()
+
+    def _is_followed(self, facts: Facts) -> bool:
+        value = bpf_calls.lookup(self._descriptors["followed_disks"], _number_of(facts), value_bytes=_FOLLOWED.size)
+        return value is not None and _FOLLOWED.unpack(value)[0] == facts.slot
+
+    def _unfollow(self, disk: DiskId) -> None:
+        place = self._disks / disk
+        facts = FollowedDisk.read_facts(place)
+        if facts is not None:
+            bpf_calls.delete(self._descriptors["followed_disks"], _number_of(facts))
+            for kind in Marks:
+                bpf_calls.delete(self._descriptors["marks_in_use"], struct.pack("<I", 2 * facts.slot + kind))
+        remove_pins(place)
+
+
+def remove_pins(place: Path) -> None:
+    """Removes a directory of pins and all in it: what only they kept alive ends. No error if it is not there."""
+    if not place.is_dir():
+        return
+    for child in place.iterdir():
+        if child.is_dir():
+            remove_pins(child)
+        else:
+            child.unlink()
+    place.rmdir()
+
+
+def _attach(skeleton: Skeleton, place: Path) -> None:
+    """Loads, attaches and pins. Whoever ends in between leaves what the next start removes."""
+    unfinished = place.with_name(place.name + UNFINISHED)
+    unfinished.mkdir(mode=0o700)
+    loaded = load(skeleton)
+    try:
+        for name, descriptor in loaded.maps.items():
+            bpf_calls.pin(descriptor, str(unfinished / name))
+        for name in skeleton.programs:
+            bpf_calls.pin(loaded.programs[name], str(unfinished / f"program_{name}"))
+            link = bpf_calls.attach_traced(loaded.programs[name])
+            try:
+                bpf_calls.pin(link, str(unfinished / f"link_{name}"))
+            finally:
+                os.close(link)
+    finally:
+        loaded.close()
+    os.rename(unfinished, place)
+
+
+def _open_programs(skeleton: Skeleton, place: Path) -> dict[str, int]:
+    opened: dict[str, int] = {}
+    try:
+        for name in (*skeleton.maps, *(f"program_{program}" for program in skeleton.programs)):
+            opened[name] = bpf_calls.get_pinned(str(place / name))
+    except BaseException:
+        for descriptor in opened.values():
+            os.close(descriptor)
+        raise
+    return opened
+
+
+def _disk_sequence(device: int) -> int:
+    """Rises each time that a device number comes to mean another medium; 0 where the kernel does not tell."""
+    try:
+        return int((block_device_directory(device) / "diskseq").read_text(encoding="ascii"))
+    except OSError:
+        return 0  # why: before 5.15, or the device is going; opening it tells which
+
+
+def _kernel_number(device: int) -> int:
+    """As the kernel itself writes a device's number."""
+    return os.major(device) << 20 | os.minor(device)
+
+
+def _number_of(facts: Facts) -> bytes:
+    return struct.pack("<I", _kernel_number(facts.device))

@@ -1,0 +1,83 @@
+"""Gives each disk the best change source that machine, disk and operator allow. Implements Tracking.
+
+Losing the better source demotes to the scan, never to nothing, unless the operator says that nothing less will do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mobility_agent.core.tracking_choice import MachineAbilities, SourceChoice, WantedSource, choose_source
+from mobility_agent.disk_reader import LocalDisk
+from mobility_agent.errors import DiskNotSupported
+from mobility_agent.ports import DrawRandom, SourceDisk
+from mobility_agent.tracking.abilities import disk_abilities, machine_abilities
+from mobility_agent.tracking.bitmap import BitmapSource
+from mobility_agent.tracking.change_source import ChangeSource
+from mobility_agent.tracking.kernel_tracker import KernelTracker
+from mobility_agent.tracking.scan import ScanSource
+from protocol.vocabulary import DiskId
+from runtime.directory import DurableDirectory
+
+
+class SourceSelection:
+    """For all disks of one agent. Calls block; they may come from several threads."""
+
+    def __init__(self, wanted: WantedSource, pin_directory: Path) -> None:
+        """pin_directory: in a BPF file system, this agent's alone."""
+        self._wanted = wanted
+        self._directory = pin_directory
+        self._tracker = KernelTracker(pin_directory)
+
+    def choose(self, source: SourceDisk) -> SourceChoice:
+        """The verdict for an open disk, without doing anything."""
+        device = source.device if isinstance(source, LocalDisk) else None
+        return choose_source(self._wanted, self._machine(), disk_abilities(device))
+
+    def open(
+        self, disk: DiskId, path: str, source: SourceDisk, *, directory: DurableDirectory, draw_random: DrawRandom
+    ) -> ChangeSource:
+        choice = self.choose(source)
+        if choice.is_refused:
+            raise DiskNotSupported(path=path, reason=f"it cannot be tracked, as wanted: {choice.reason}")
+        reason = choice.reason
+        if choice.source == "bitmap":
+            try:
+                return self._open_bitmap(disk, source, directory, draw_random)
+            except OSError as error:
+                reason = f"tracking could not begin: {error}"
+                if self._wanted is WantedSource.BITMAP:
+                    raise DiskNotSupported(path=path, reason=reason) from error
+        self.forget(disk)
+        return ScanSource(disk=disk, source=source, directory=directory, draw_random=draw_random, reason=reason)
+
+    def forget(self, disk: DiskId) -> None:
+        if not self._directory.is_dir():
+            return
+        try:
+            self._tracker.open()
+            self._tracker.unfollow(disk)
+        except OSError as error:
+            raise DiskNotSupported(path=disk, reason=f"its tracking cannot be ended: {error}") from error
+
+    def close(self) -> None:
+        """Tracking goes on without this process."""
+        self._tracker.close()
+
+    def _machine(self) -> MachineAbilities:
+        return machine_abilities(self._directory)
+
+    def _open_bitmap(
+        self, disk: DiskId, source: SourceDisk, directory: DurableDirectory, draw_random: DrawRandom
+    ) -> BitmapSource:
+        assert isinstance(source, LocalDisk)
+        device = source.device
+        assert device is not None
+        self._tracker.open()
+        return BitmapSource(
+            disk=disk,
+            source=source,
+            directory=directory,
+            draw_random=draw_random,
+            follow=lambda: self._tracker.follow(disk, device=device, size_bytes=source.size_bytes),
+        )

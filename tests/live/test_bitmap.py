@@ -1,0 +1,331 @@
+"""The bitmap source on real block devices: what was written is found, whatever happens to the agent meanwhile."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mobility_agent.errors import DiskResized, ResyncNeeded
+from mobility_agent.tracking import bpf_calls
+from mobility_agent.tracking.change_source import Promise
+from mobility_agent.tracking.followed_disk import possible_processors
+from mobility_agent.tracking.kernel_tracker import remove_pins
+from tests.live.block_devices import loop_device, mounted, run
+from tests.live.tracked import DISK, MIB, TrackedDisk
+
+BLOCK = 4096
+
+
+def write(device: Path, offset: int, data: bytes) -> None:
+    """Past the page cache."""
+    with open(device, "r+b", buffering=0) as file:
+        descriptor = os.open(f"/proc/self/fd/{file.fileno()}", os.O_WRONLY | os.O_SYNC)
+        try:
+            os.pwrite(descriptor, data, offset)
+        finally:
+            os.close(descriptor)
+
+
+def test_what_was_written_is_sent_and_nothing_else(tracked: TrackedDisk) -> None:
+    for offset, length in ((0, BLOCK), (5 * MIB - BLOCK, 2 * BLOCK), (31 * MIB, MIB)):
+        write(tracked.device, offset, os.urandom(length))
+    told = tracked.round()
+    assert told.end.promise is Promise.COPY_IN_VALIDATED
+    assert told.sent_bytes == MIB + 3 * BLOCK
+    assert told.read_bytes < 2 * MIB
+    assert tracked.differing_blocks() == []
+    assert tracked.round().read_bytes == 0, "nothing was written since"
+
+
+def test_a_driver_that_takes_bios_is_tracked_as_well(tracked_by_bios: TrackedDisk) -> None:
+    tracked = tracked_by_bios
+    write(tracked.device, 7 * MIB, os.urandom(3 * MIB))
+    told = tracked.round()
+    assert told.end.promise is Promise.COPY_IN_VALIDATED
+    assert told.sent_bytes == 3 * MIB
+    assert tracked.differing_blocks() == []
+    run("mkfs.ext4", "-q", "-F", tracked.device)
+    tracked.round()
+    assert tracked.differing_blocks() == []
+
+
+def partition_entry(first_bytes: int, length_bytes: int) -> bytes:
+    return struct.pack("<4xB3xII", 0x83, first_bytes // 512, length_bytes // 512)
+
+
+def test_writes_through_a_partition_are_those_of_the_disk(tmp_path: Path, pins: Path) -> None:
+    with loop_device(tmp_path / "disk.img", size_bytes=32 * MIB, partitions=True) as device:
+        write(
+            device,
+            446,
+            partition_entry(2 * MIB, 8 * MIB) + partition_entry(12 * MIB, 20 * MIB) + bytes(32) + b"\x55\xaa",
+        )
+        subprocess.run(["partx", "--add", device], check=False, capture_output=True)
+        tracked = TrackedDisk(device, tmp_path / "state", pins)
+        try:
+            tracked.round_or_resync()
+            write(Path(f"{device}p2"), MIB, os.urandom(BLOCK))
+            assert tracked.round().sent_bytes == BLOCK
+            assert tracked.copy[13 * MIB : 13 * MIB + BLOCK] != bytes(BLOCK)
+            assert tracked.differing_blocks() == []
+        finally:
+            tracked.close()
+
+
+def test_a_mounted_file_system_settles_once_it_is_quiet(tracked: TrackedDisk, tmp_path: Path) -> None:
+    run("mkfs.ext4", "-q", "-F", tracked.device)
+    with mounted(tracked.device, tmp_path / "mnt") as place:
+        for number in range(50):
+            (place / f"{number}").write_bytes(os.urandom(20_000))
+            tracked.round()
+        os.sync()
+        tracked.round()
+        assert tracked.round().end.promise is Promise.COPY_IN_VALIDATED
+        assert tracked.differing_blocks() == []
+    tracked.round()
+    assert tracked.differing_blocks() == []
+
+
+@pytest.mark.parametrize("command", [["blkdiscard"], ["blkdiscard", "--zeroout"]])
+def test_what_was_discarded_or_zeroed_goes_out_without_a_byte(tracked: TrackedDisk, command: list[str]) -> None:
+    write(tracked.device, 0, os.urandom(8 * MIB))
+    tracked.round()
+    run(*command, "--offset", 2 * MIB, "--length", 4 * MIB, tracked.device)
+    told = tracked.round()
+    assert told.sent_bytes == 0
+    assert told.read_bytes == 4 * MIB
+    assert tracked.copy[2 * MIB : 6 * MIB] == bytes(4 * MIB)
+    assert tracked.differing_blocks() == []
+
+
+def test_a_write_into_the_round_unsettles_it_and_goes_out_in_the_next(tracked: TrackedDisk) -> None:
+    write(tracked.device, 0, os.urandom(2 * MIB))
+    current = tracked.source.begin_round(first_bytes=0)
+    write(tracked.device, MIB, os.urandom(BLOCK))
+    told = tracked.finish(current)
+    assert told.end.promise is Promise.COPY_IN_FUZZY
+    assert told.end.reason == "1 blocks were written again while they were read"
+    assert tracked.round().end.promise is Promise.COPY_IN_VALIDATED
+    assert tracked.differing_blocks() == []
+
+
+def test_a_write_elsewhere_leaves_the_round_what_the_disk_was_when_it_began(tracked: TrackedDisk) -> None:
+    write(tracked.device, 0, os.urandom(2 * MIB))
+    before = tracked.device.read_bytes()
+    current = tracked.source.begin_round(first_bytes=0)
+    write(tracked.device, 9 * MIB, os.urandom(BLOCK))
+    told = tracked.finish(current)
+    assert told.end.promise is Promise.COPY_IN_VALIDATED
+    assert told.end.is_of_begin
+    assert tracked.copy == before
+    tracked.round()
+    assert tracked.differing_blocks() == []
+
+
+def test_a_block_beside_a_newer_write_gets_no_digest(tracked: TrackedDisk) -> None:
+    """It would say of contents that were not sent that they are in the history."""
+    old = os.urandom(BLOCK)
+    write(tracked.device, BLOCK, old)
+    tracked.round()
+    write(tracked.device, 0, os.urandom(BLOCK))
+    current = tracked.source.begin_round(first_bytes=0)
+    write(tracked.device, BLOCK, os.urandom(BLOCK))
+    tracked.finish(current)
+    assert tracked.copy[BLOCK : 2 * BLOCK] == old
+    remove_pins(tracked._pins)  # all marks are lost: only digests can tell now
+    tracked.close()
+    tracked.open()
+    with pytest.raises(ResyncNeeded):
+        tracked.round()
+    tracked.enter_epoch()
+    tracked.round()
+    assert tracked.differing_blocks() == []
+
+
+def test_writes_that_are_under_way_keep_a_round_from_settling(tmp_path: Path, pins: Path) -> None:
+    """The device's backing file is on a file system that is frozen: writes begin, and do not end."""
+    with loop_device(tmp_path / "outer.img", size_bytes=96 * MIB) as outer:
+        run("mkfs.ext4", "-q", "-F", outer)
+        with (
+            mounted(outer, tmp_path / "outer") as place,
+            loop_device(place / "inner.img", size_bytes=16 * MIB) as device,
+        ):
+            tracked = TrackedDisk(device, tmp_path / "state", pins)
+            try:
+                tracked.round_or_resync()
+                run("fsfreeze", "--freeze", place)
+                try:
+                    writer = subprocess.Popen(
+                        ["dd", "if=/dev/urandom", f"of={device}", "bs=64k", "count=1", "oflag=direct", "status=none"]
+                    )
+                    while not tracked.source._tracked.changes_in_flight():
+                        assert writer.poll() is None
+                    current = tracked.source.begin_round(first_bytes=0)
+                finally:
+                    run("fsfreeze", "--unfreeze", place)
+                told = tracked.finish(current)
+                assert told.end.promise is Promise.COPY_IN_FUZZY
+                assert "under way" in told.end.reason
+                assert writer.wait() == 0
+                told = tracked.round()
+                assert told.read_bytes == 65536, "what may have been read too early is read again"
+                assert told.end.promise is Promise.COPY_IN_VALIDATED
+                assert tracked.differing_blocks() == []
+            finally:
+                tracked.close()
+
+
+def test_tracking_goes_on_while_no_agent_runs(tracked: TrackedDisk) -> None:
+    tracked.close()
+    write(tracked.device, 3 * MIB, os.urandom(MIB))
+    tracked.open()
+    told = tracked.round()
+    assert told.sent_bytes == MIB
+    assert told.read_bytes == MIB
+    assert tracked.differing_blocks() == []
+
+
+def test_an_agent_that_ends_within_a_round_loses_nothing_of_it(tracked: TrackedDisk) -> None:
+    write(tracked.device, 3 * MIB, os.urandom(MIB))
+    tracked.source.begin_round(first_bytes=0)
+    write(tracked.device, 4 * MIB, os.urandom(MIB))
+    tracked.close()
+    tracked.open()
+    assert tracked.round().sent_bytes == 2 * MIB
+    assert tracked.differing_blocks() == []
+
+
+def test_an_agent_that_ends_while_it_retires_a_map_loses_nothing_of_it(tracked: TrackedDisk) -> None:
+    write(tracked.device, 3 * MIB, os.urandom(MIB))
+    maps = tracked.source._tracked
+    maps._retire = lambda kind, parity: None  # type: ignore[method-assign]
+    maps.swap()
+    tracked.close()
+    tracked.open()
+    assert tracked.round().sent_bytes == MIB
+    assert tracked.differing_blocks() == []
+
+
+def test_newer_programs_take_over_without_a_gap(tracked: TrackedDisk) -> None:
+    (programs,) = tracked._pins.glob("programs_*")
+    tracked.close()
+    write(tracked.device, MIB, os.urandom(BLOCK))
+    programs.rename(programs.with_name("programs_older"))
+    tracked.open()
+    assert [place.name for place in tracked._pins.glob("programs_*")] == [programs.name]
+    write(tracked.device, 2 * MIB, os.urandom(BLOCK))
+    assert tracked.round().sent_bytes == 2 * BLOCK
+    assert tracked.differing_blocks() == []
+    assert tracked.round().end.promise is Promise.COPY_IN_VALIDATED
+
+
+def detach(tracked: TrackedDisk, *programs: str) -> None:
+    (place,) = tracked._pins.glob("programs_*")
+    for program in programs:
+        (place / f"link_{program}").unlink()
+
+
+COMPLETION = ("mark_request", "mark_request_again", "mark_bio", "mark_bio_again")
+
+
+def test_completions_that_nobody_saw_are_noticed_and_read_again(tracked: TrackedDisk) -> None:
+    detach(tracked, *COMPLETION)
+    write(tracked.device, MIB, os.urandom(BLOCK))
+    told = tracked.round()
+    assert told.end.promise is Promise.COPY_IN_FUZZY
+    assert tracked.source.alarms == 1
+    assert tracked.differing_blocks() == []
+
+
+def test_writes_that_nobody_saw_at_all_make_everything_be_compared(tracked: TrackedDisk) -> None:
+    detach(tracked, "mark_submitted", *COMPLETION)
+    write(tracked.device, MIB, os.urandom(BLOCK))
+    with pytest.raises(ResyncNeeded, match="missed when they were submitted"):
+        tracked.round()
+    tracked.enter_epoch()
+    assert tracked.round().sent_bytes == 16 * BLOCK, "one digest block differs"
+    assert tracked.differing_blocks() == []
+
+
+def test_a_start_without_all_programs_attached_compares_everything(tracked: TrackedDisk) -> None:
+    detach(tracked, "mark_request")
+    tracked.close()
+    tracked.open()
+    with pytest.raises(ResyncNeeded, match="no longer tracked"):
+        tracked.round()
+
+
+def count_up(tracked: TrackedDisk, counter: int) -> None:
+    """As if the programs had counted it."""
+    maps = tracked.source._tracked
+    key, size = struct.pack("<I", maps.facts.slot), 88 * possible_processors()
+    value = bytearray(bpf_calls.lookup(maps._programs.disk_counters, key, value_bytes=size) or b"")
+    struct.pack_into("<Q", value, 8 * counter, struct.unpack_from("<Q", value, 8 * counter)[0] + 1)
+    bpf_calls.update(maps._programs.disk_counters, key, bytes(value))
+
+
+@pytest.mark.parametrize(("counter", "cause"), [(3, "past the block layer"), (4, "behind the end")])
+def test_a_change_of_an_unknown_place_makes_everything_be_compared_once(
+    tracked: TrackedDisk, counter: int, cause: str
+) -> None:
+    count_up(tracked, counter)
+    for _ in range(2):
+        with pytest.raises(ResyncNeeded, match=cause):
+            tracked.round()
+    tracked.enter_epoch()
+    assert tracked.round().read_bytes == len(tracked.copy)
+    assert tracked.round().read_bytes == 0
+
+
+def test_another_disk_at_the_same_device_begins_anew(tracked: TrackedDisk, tmp_path: Path) -> None:
+    tracked.close()
+    run("losetup", "--detach", tracked.device)
+    with open(tmp_path / "disk.img", "r+b") as file:
+        os.pwrite(file.fileno(), os.urandom(BLOCK), 5 * MIB)
+    run("losetup", tracked.device, tmp_path / "disk.img")
+    tracked.open()
+    with pytest.raises(ResyncNeeded, match="away"):
+        tracked.round()
+    tracked.enter_epoch()
+    tracked.round()
+    assert tracked.differing_blocks() == []
+
+
+def test_a_disk_that_grows_stops(tracked: TrackedDisk, tmp_path: Path) -> None:
+    os.truncate(tmp_path / "disk.img", 64 * MIB)
+    run("losetup", "--set-capacity", tracked.device)
+    with pytest.raises(DiskResized):
+        tracked.round()
+
+
+def all_pins(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    "end",
+    [lambda tracked: tracked.tracker.unfollow(DISK), lambda tracked: remove_pins(tracked._pins)],
+    ids=["the protection ends", "the package goes"],
+)
+def test_nothing_stays_behind(tracked: TrackedDisk, end: Callable[[TrackedDisk], None]) -> None:
+    assert [path for path in all_pins(tracked._pins) if path.parent.name == DISK]
+    end(tracked)
+    assert [path for path in all_pins(tracked._pins) if path.parent.name == DISK] == []
+
+
+def test_a_disk_after_another_in_the_same_slot_begins_clean(tracked: TrackedDisk) -> None:
+    write(tracked.device, 0, os.urandom(MIB))
+    tracked.tracker.unfollow(DISK)
+    tracked.close()
+    tracked.open()
+    with pytest.raises(ResyncNeeded, match="begins"):
+        tracked.round()
+    tracked.enter_epoch()
+    tracked.round()
+    assert tracked.round().end.promise is Promise.COPY_IN_VALIDATED
+    assert tracked.differing_blocks() == []

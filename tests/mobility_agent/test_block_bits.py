@@ -1,0 +1,81 @@
+"""Bits of blocks against a model that is a set of numbers."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mobility_agent.core.extent_set import ExtentSet
+from mobility_agent.tracking.block_bits import BLOCK_BYTES_MIN, MAP_BYTES_WANTED, WINDOW_BYTES, BlockLayout
+from protocol.vocabulary import DIGEST_BLOCK_BYTES
+
+GIB = 2**30
+
+
+def empty(layout: BlockLayout) -> numpy.typing.NDArray[numpy.uint8]:
+    return numpy.zeros(layout.windows * layout.window_blocks // 8, numpy.uint8)
+
+
+def marked(layout: BlockLayout, bits: numpy.typing.NDArray[numpy.uint8]) -> set[int]:
+    return set(numpy.flatnonzero(numpy.unpackbits(bits, bitorder="little")).tolist())
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "block_bytes"),
+    [(4096, 4096), (512 * GIB, 4096), (513 * GIB, 8192), (2048 * GIB, 16384), (8192 * GIB, 65536), (2**46, 65536)],
+)
+def test_large_disks_get_large_blocks(size_bytes: int, block_bytes: int) -> None:
+    layout = BlockLayout.of(size_bytes)
+    assert layout.block_bytes == block_bytes
+    assert 512 << layout.sectors_shift == block_bytes
+    assert layout.digest_blocks * block_bytes == DIGEST_BLOCK_BYTES
+    assert block_bytes == DIGEST_BLOCK_BYTES or layout.blocks <= 8 * (MAP_BYTES_WANTED + 1)
+
+
+@given(
+    st.integers(1, 5 * WINDOW_BYTES),
+    st.sampled_from([BLOCK_BYTES_MIN, 16384, DIGEST_BLOCK_BYTES]),
+    st.lists(st.tuples(st.integers(0, 5 * WINDOW_BYTES), st.integers(1, WINDOW_BYTES)), max_size=8),
+    st.integers(0, 5 * WINDOW_BYTES),
+)
+def test_marks_are_where_a_set_has_them(
+    size_bytes: int, block_bytes: int, writes: list[tuple[int, int]], first_bytes: int
+) -> None:
+    layout = BlockLayout(size_bytes=size_bytes, block_bytes=block_bytes)
+    bits, model = empty(layout), set[int]()
+    for offset, length in writes:
+        first, end = min(offset, size_bytes), min(offset + length, size_bytes)
+        if first < end:
+            layout.mark(bits, ExtentSet.of([(first, end)]))
+            model |= set(range(first // block_bytes, (end - 1) // block_bytes + 1))
+    assert marked(layout, bits) == model
+    windows = layout.marked_windows(bits, first_bytes=min(first_bytes, size_bytes)).tolist()
+    expected = {block // layout.window_blocks for block in model}
+    assert windows == sorted(window for window in expected if window >= min(first_bytes, size_bytes) // WINDOW_BYTES)
+    for window in range(layout.windows):
+        mask = layout.mask_of(bits, window)
+        base = window * layout.window_blocks
+        assert {base + at for at in numpy.flatnonzero(mask).tolist()} == {b for b in model if b // len(mask) == window}
+    assert layout.count_common(bits, bits) == len(model)
+
+
+@given(st.sets(st.integers(0, 255)), st.sets(st.integers(0, 255)))
+def test_a_mask_clears_what_it_names(before: set[int], cleared: set[int]) -> None:
+    layout = BlockLayout(size_bytes=2 * WINDOW_BYTES, block_bytes=BLOCK_BYTES_MIN)
+    bits = empty(layout)
+    layout.mark(bits, ExtentSet.of([((256 + block) * 4096, (257 + block) * 4096) for block in before]))
+    mask = numpy.zeros(256, bool)
+    mask[list(cleared)] = True
+    layout.clear(bits, 0, mask)
+    layout.clear(bits, 1, mask)
+    assert marked(layout, bits) == {256 + block for block in before - cleared}
+
+
+@given(st.integers(1, 3 * WINDOW_BYTES))
+def test_all_blocks_and_none_behind_them(size_bytes: int) -> None:
+    layout = BlockLayout(size_bytes=size_bytes, block_bytes=BLOCK_BYTES_MIN)
+    bits = empty(layout)
+    layout.mark_all(bits)
+    assert marked(layout, bits) == set(range(layout.blocks))
