@@ -115,4 +115,7 @@ class StateUnreadable(LocalFault):
 
     code = "state-unreadable"
     message = "state file {name}: {reason}"
-    hint = "It was changed by hand or by another version; remove it, and the configuration server sends it again."
+    hint = (
+        "A latent error of the disk, another version, or somebody changed it; remove it, and the configuration server "
+        "sends it again."
+    )

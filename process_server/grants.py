@@ -15,6 +15,7 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from process_server.errors import StateUnreadable
+from process_server.state_file import keep, kept
 from protocol.errors import ReplicationError
 from protocol.signed_records import Grant, verify_grant
 from protocol.vocabulary import DiskId, PeerIdentity
@@ -78,15 +79,16 @@ class GrantBook:
 
 def save_grants(state: DurableDirectory, signed_grants: Sequence[bytes]) -> None:
     """Durable on return. Raises OSError."""
-    state.replace(GRANTS_FILE, cast(bytes, msgpack.packb(list(signed_grants))))
+    keep(state, GRANTS_FILE, cast(bytes, msgpack.packb(list(signed_grants))))
 
 
 def load_grants(state: DurableDirectory) -> list[bytes]:
     """What was saved, unverified; empty if nothing was. Raises OSError, StateUnreadable."""
-    try:
-        fields = msgpack.unpackb(state.read(GRANTS_FILE))
-    except FileNotFoundError:
+    data = kept(state, GRANTS_FILE)
+    if data is None:
         return []
+    try:
+        fields = msgpack.unpackb(data)
     except (ValueError, msgpack.UnpackException) as error:
         raise StateUnreadable(name=GRANTS_FILE, reason=str(error)) from error
     if not isinstance(fields, list) or not all(isinstance(signed, bytes) for signed in fields):

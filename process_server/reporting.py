@@ -24,6 +24,7 @@ from process_server.errors import StateUnreadable
 from process_server.grants import GrantBook, save_grants
 from process_server.metrics import ProcessServerMetrics
 from process_server.server_clock import KEEP_SECONDS, ServerClock, save_clock
+from process_server.state_file import keep, kept
 from process_server.uploader import Uploader
 from protocol.control import (
     COMMITTED_POINTS_PER_REPORT_MAX,
@@ -321,15 +322,16 @@ def _committed_point(disk: DiskId, point: CachedPoint) -> CommittedPoint:
 
 def save_revoked(state: DurableDirectory, revoked: RevocationList) -> None:
     """Durable on return. Raises OSError."""
-    state.replace(REVOKED_FILE, cast(bytes, msgpack.packb([revoked.number, list(revoked.serials)])))
+    keep(state, REVOKED_FILE, cast(bytes, msgpack.packb([revoked.number, list(revoked.serials)])))
 
 
 def load_revoked(state: DurableDirectory) -> RevocationList:
     """What was saved; the empty list number 0 if nothing was. Raises OSError, StateUnreadable."""
-    try:
-        number, serials = msgpack.unpackb(state.read(REVOKED_FILE))
-        return RevocationList(number=number, serials=tuple(serials))
-    except FileNotFoundError:
+    data = kept(state, REVOKED_FILE)
+    if data is None:
         return RevocationList(number=0)
+    try:
+        number, serials = msgpack.unpackb(data)
+        return RevocationList(number=number, serials=tuple(serials))
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise StateUnreadable(name=REVOKED_FILE, reason=str(error)) from error

@@ -12,6 +12,7 @@ from typing import Final, cast
 import msgpack  # type: ignore[import-untyped]
 
 from process_server.errors import StateUnreadable
+from process_server.state_file import keep, kept
 from protocol.errors import InvalidValue
 from protocol.vocabulary import check_range
 from runtime.clock import Clock
@@ -67,14 +68,15 @@ class ServerClock:
 
 def save_clock(state: DurableDirectory, instant_ns: int) -> None:
     """Durable on return. Raises OSError."""
-    state.replace(CLOCK_FILE, cast(bytes, msgpack.packb(instant_ns)))
+    keep(state, CLOCK_FILE, cast(bytes, msgpack.packb(instant_ns)))
 
 
 def load_clock(state: DurableDirectory) -> int | None:
     """What was saved, None if nothing was. Raises OSError, StateUnreadable."""
-    try:
-        return check_range(msgpack.unpackb(state.read(CLOCK_FILE)), "instant_ns", low=0, high=2**63 - 1)
-    except FileNotFoundError:
+    data = kept(state, CLOCK_FILE)
+    if data is None:
         return None
+    try:
+        return check_range(msgpack.unpackb(data), "instant_ns", low=0, high=2**63 - 1)
     except (ValueError, TypeError, InvalidValue, msgpack.UnpackException) as error:
         raise StateUnreadable(name=CLOCK_FILE, reason=str(error)) from error

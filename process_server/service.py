@@ -26,7 +26,7 @@ from process_server.cache_writer import CacheWriter
 from process_server.core.backpressure import Load, next_credit
 from process_server.core.segmenting import SegmentRules
 from process_server.disk_history import DiskHistory, HistoryTools
-from process_server.errors import CacheDamaged, CacheFault, ServiceStopping
+from process_server.errors import CacheDamaged, CacheFault, ServiceStopping, StateUnreadable
 from process_server.grants import GrantBook, load_grants
 from process_server.metrics import ProcessServerMetrics
 from process_server.opening import DiskOpener
@@ -220,9 +220,9 @@ class ProcessServer:
     async def _load_state(self) -> None:
         state = self._ports.state
         try:
-            signed = await self._run(lambda: load_grants(state))
+            signed = await self._run(lambda: _unless_unreadable(load_grants, state)) or []
             self._reporter.revoked = await self._run(lambda: load_revoked(state))
-            kept_ns = await self._run(lambda: load_clock(state))
+            kept_ns = await self._run(lambda: _unless_unreadable(load_clock, state))
         except OSError as error:
             raise CacheFault(name="state", reason=str(error)) from error
         self._grants.take(signed)
@@ -398,3 +398,12 @@ class ProcessServer:
 
     def _run(self, call: Callable[[], Result]) -> asyncio.Future[Result]:
         return asyncio.get_running_loop().run_in_executor(self._ports.cache_executor, call)
+
+
+def _unless_unreadable(load: Callable[[DurableDirectory], Result], state: DurableDirectory) -> Result | None:
+    """What was kept for a start without the configuration server; without it, that has to be heard first."""
+    try:
+        return load(state)
+    except StateUnreadable as error:
+        _log.error("state is not as it was kept", reason=str(error), hint=error.hint)
+        return None

@@ -10,13 +10,17 @@ import asyncio
 from concurrent.futures import Executor
 from typing import Final
 
+import structlog
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
 from process_server.errors import StateUnreadable
+from process_server.state_file import keep, kept
 from runtime.directory import DurableDirectory
 from storage.disk_archive import DiskArchive
 
 VAULT_KEY_FILE: Final = "vault-key"
+
+_log = structlog.get_logger("process_server.vault_key")
 
 
 class VaultKey:
@@ -36,7 +40,7 @@ class VaultKey:
                 data = await loop.run_in_executor(self._executor, self._load)
                 if data is None:
                     data = (await self._archive.read_vault()).vault_key
-                    await loop.run_in_executor(self._executor, self._state.replace, VAULT_KEY_FILE, data)
+                    await loop.run_in_executor(self._executor, keep, self._state, VAULT_KEY_FILE, data)
                 self._key = X25519PublicKey.from_public_bytes(data)
             except (OSError, ValueError) as error:
                 raise StateUnreadable(name=VAULT_KEY_FILE, reason=str(error)) from error
@@ -44,6 +48,8 @@ class VaultKey:
 
     def _load(self) -> bytes | None:
         try:
-            return self._state.read(VAULT_KEY_FILE)
-        except FileNotFoundError:
+            return kept(self._state, VAULT_KEY_FILE)
+        except StateUnreadable as error:
+            # why: any 32 bytes are a key, and what is sealed to a wrong one nobody can ever open
+            _log.error("the vault's key is read from the store again", reason=str(error))
             return None

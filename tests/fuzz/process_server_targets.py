@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable
-from typing import Final
+from typing import Final, cast
 
 import msgpack  # type: ignore[import-untyped]
 from blake3 import blake3
@@ -24,6 +24,7 @@ from process_server.errors import CacheDamaged, CacheFormatNotSupported, StateUn
 from process_server.grants import GRANTS_FILE, GrantBook, load_grants, save_grants
 from process_server.reporting import REVOKED_FILE, load_revoked, save_revoked
 from process_server.server_clock import CLOCK_FILE, load_clock, save_clock
+from process_server.state_file import keep, kept
 from protocol.control import RevocationList
 from protocol.vocabulary import PeerIdentity, Role
 from storage.frame_record import HEAD_BYTES, HEAD_DIGEST_BYTES
@@ -122,7 +123,7 @@ def cache_payload_seeds() -> list[bytes]:
 
 def grants(data: bytes) -> None:
     """What was kept is believed only as far as it is signed."""
-    found = load_grants(BytesDirectory({GRANTS_FILE: data}))
+    found = load_grants(_holding(GRANTS_FILE, data))
     book = GrantBook(
         identity=PeerIdentity(vault=GRANT.vault, role=Role.PROCESS_SERVER, identifier=GRANT.process_server),
         public_key=PROCESS_SERVER_KEY.public_key().public_bytes_raw(),
@@ -136,7 +137,14 @@ def grants(data: bytes) -> None:
 def _saved(save: Callable[[BytesDirectory], None], name: str) -> bytes:
     directory = BytesDirectory({})
     save(directory)
-    return directory.files[name]
+    return cast(bytes, kept(directory, name))
+
+
+def _holding(name: str, contents: bytes) -> BytesDirectory:
+    """A state directory with these contents: their digest is right, so that the parser behind it is reached."""
+    directory = BytesDirectory({})
+    keep(directory, name, contents)
+    return directory
 
 
 @functools.cache
@@ -164,7 +172,7 @@ PROCESS_SERVER_TARGETS: Final = (
     ),
     Target(
         name="revoked-file",
-        run=lambda data: load_revoked(BytesDirectory({REVOKED_FILE: data})),
+        run=lambda data: load_revoked(_holding(REVOKED_FILE, data)),
         refusals=(StateUnreadable,),
         seeds=lambda: [
             _saved(lambda state: save_revoked(state, RevocationList(number=7, serials=("0A", "FF00"))), REVOKED_FILE)
@@ -172,7 +180,7 @@ PROCESS_SERVER_TARGETS: Final = (
     ),
     Target(
         name="clock-file",
-        run=lambda data: load_clock(BytesDirectory({CLOCK_FILE: data})),
+        run=lambda data: load_clock(_holding(CLOCK_FILE, data)),
         refusals=(StateUnreadable,),
         seeds=lambda: [_saved(lambda state: save_clock(state, 1_760_000_000_000_000_000), CLOCK_FILE)],
         bytes_max=512,

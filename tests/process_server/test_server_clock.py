@@ -8,6 +8,7 @@ import pytest
 
 from process_server.errors import StateUnreadable
 from process_server.server_clock import CLOCK_FILE, KEEP_SECONDS, SILENCE_SECONDS, ServerClock, load_clock, save_clock
+from process_server.state_file import keep
 from runtime.local_directory import LocalDirectory
 
 SECOND_NS = 10**9
@@ -100,6 +101,6 @@ def test_what_was_kept_is_read_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [b"", b"\xc1", b"\xff", b"\xa1x", b"\x01\x02"])
 def test_a_file_that_is_no_instant_is_refused(tmp_path: Path, data: bytes) -> None:
     state = LocalDirectory(tmp_path)
-    state.replace(CLOCK_FILE, data)
+    keep(state, CLOCK_FILE, data)
     with pytest.raises(StateUnreadable):
         load_clock(state)
