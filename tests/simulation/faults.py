@@ -87,6 +87,7 @@ THEMES: Final = (
         "agent-clock-stepped",
         "process-server-held",
         "process-server-killed",
+        "process-server-bit-flipped",
         "store-down",
         "disk-not-still",
     ),
@@ -233,6 +234,10 @@ def _fills_up(find: Callable[[World, Decision], StorageMedium]) -> Fault:
         _for_a_while(world, decision, lambda: setattr(medium, "is_full", False))
 
     return fill
+
+
+def _flip_bit_of_process_server(world: World, decision: Decision) -> None:
+    _process_server_state(world, decision).flip_bit(decision.random)
 
 
 def _flip_bit_of_agent(world: World, decision: Decision) -> None:
@@ -419,6 +424,7 @@ FAULTS: Final[dict[str, Fault]] = {
     "process-server-clock-stepped": _on(_a_process_server, _step_clock),
     "process-server-state-failed": _fails(_process_server_state, Operation.READ, Operation.REPLACE),
     "process-server-state-disk-full": _fills_up(_process_server_state),
+    "process-server-bit-flipped": _flip_bit_of_process_server,
     SWITCH: _switch_process_server,
     "cache-lost": _lose_cache,
     "cache-synchronize-failed": _fails(_cache, Operation.SYNCHRONIZE),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from storage.errors import ObjectCorrupt
 from storage.keys import DATA_KEY_BYTES, unwrap_data_key, unwrap_vault_key
 from storage.object_names import SegmentName, parse
 from storage.segment import TRAILER_BYTES, parse_header, parse_trailer
@@ -46,16 +47,19 @@ def _check_data_keys(world: World, names: list[str]) -> None:
         trailer = parse_trailer(data[-TRAILER_BYTES:], name=name, object_bytes=len(data))
         opening = parse_header(data[: trailer.header_bytes], name=name).opening
         for wrapped in opening.wrapped_keys:
-            key = unwrap_data_key(
-                wrapped,
-                private_key,
-                name=name,
-                vault=opening.vault,
-                machine=opening.machine,
-                disk=opening.disk,
-                epoch=opening.epoch,
-                ordinal=opening.ordinal,
-            )
+            try:
+                key = unwrap_data_key(
+                    wrapped,
+                    private_key,
+                    name=name,
+                    vault=opening.vault,
+                    machine=opening.machine,
+                    disk=opening.disk,
+                    epoch=opening.epoch,
+                    ordinal=opening.ordinal,
+                )
+            except ObjectCorrupt:
+                continue  # nobody can open it: recovery will say so
             if key in seen:
                 world.violate(INVARIANT, f"{name} and {seen[key]} are sealed with one data key")
             seen[key] = name

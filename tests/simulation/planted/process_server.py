@@ -10,6 +10,8 @@ import config_server.core.grants
 import config_server.core.rpo
 import config_server.core.server_clock
 import process_server.reporting
+import process_server.state_file
+import process_server.vault_key
 from process_server.cache import Cache
 from process_server.cache_files import CacheFiles
 from process_server.disk_history import DiskHistory
@@ -132,6 +134,21 @@ def state_points_at_durable() -> None:
         return counted(close_and_state)
 
     replace(DiskHistory, "segment_closed", make)
+
+
+def believe_what_the_disk_says() -> None:
+    """The vault's key counts as it reads, whatever the disk made of it."""
+
+    def make(kept: Any) -> Any:
+        def read(state: Any, name: str) -> bytes | None:
+            if name not in state.names():
+                return None
+            contents: bytes = state.read(name)[process_server.state_file.DIGEST_BYTES :]
+            return contents
+
+        return counted(read)
+
+    replace(process_server.vault_key, "kept", make)
 
 
 def tell_the_own_clock() -> None:
