@@ -31,6 +31,8 @@ LIMITS_HOLD: Final = "limits-hold"
 ENDS_IN_ORDER: Final = "ends-in-order"
 """A program ends by a kill, or with a documented exit code; it logs no traceback, and starts again."""
 
+HEALING_SECONDS_MAX: Final = 120.0
+"""Four times the longest pause that any program makes before it tries again by itself."""
 UNFINISHED_PER_END_MAX: Final = 8
 """Uploads that one process server may have had under way when it was killed."""
 EXPIRED_SECONDS: Final = 2 * 3600.0
@@ -82,8 +84,9 @@ class Checks:
         site = self._site
         with breaks(BACKLOG_DRAINS):
             site.source.change(writes=draw.randint(1, 30))
-            newest = site.site.wait_for_point(site.disk, after_ns=site.source.changed_ns)
-            site.site.wait_until("the cache drains", lambda: site.agent.is_committed(site.disk))
+            newest = self._wait_for_newest()
+            wait = site.site.wait_until
+            wait("the cache drains", lambda: site.agent.is_committed(site.disk), seconds=HEALING_SECONDS_MAX)
         before = site.acknowledged
         site.look()
         require(
@@ -101,6 +104,16 @@ class Checks:
                 self._recover(stored[draw.choice(older)])
         self._check_logs()
         self._check_limits()
+
+    def _wait_for_newest(self) -> str:
+        """The first stated point since the source's last change."""
+        site = self._site
+
+        def found() -> str:
+            new = [one for one in site.site.points(site.disk) if one.instant_ns >= site.source.changed_ns]
+            return new[-1].point if new else ""
+
+        return site.site.wait_until("a point of the newest version", found, seconds=HEALING_SECONDS_MAX)
 
     def _check_stated(self, stored: dict[str, dict[str, Any]]) -> None:
         site = self._site
