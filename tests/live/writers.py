@@ -1,0 +1,115 @@
+"""Those who write to a live disk while it is tracked: a file system at work, and a raw device written in every way.
+
+Each is a process of its own, `python -m tests.live.writers KIND PATH SEED`, and ends at its standard input's end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import random
+import select
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+BLOCK = 4096
+BLKDISCARD = 0x1277
+BLKZEROOUT = 0x127F
+BLKGETSIZE64 = 0x80081272
+
+
+@contextmanager
+def writing(kind: str, path: Path, seed: int) -> Iterator[subprocess.Popen[bytes]]:
+    """For the length of the block; fails if the writer failed."""
+    writer = subprocess.Popen(
+        [sys.executable, "-m", "tests.live.writers", kind, str(path), str(seed)], stdin=subprocess.PIPE
+    )
+    assert writer.stdin is not None
+    try:
+        yield writer
+    finally:
+        writer.stdin.close()
+        try:
+            code = writer.wait(60)
+        except subprocess.TimeoutExpired:
+            writer.kill()
+            raise
+    assert code == 0
+
+
+def write_raw(path: Path, draw: random.Random) -> None:
+    """One act on a raw device: past the page cache, through it, through memory, a discard, zeroes."""
+    with open(path, "r+b", buffering=0) as device:
+        buffer = bytearray(8)
+        fcntl.ioctl(device, BLKGETSIZE64, buffer)
+        size = int.from_bytes(buffer, "little")
+        length = BLOCK * draw.choice([1, 1, 1, 2, 5, 16, 64, 200])
+        # why: most acts hit the same few blocks again and again, while they are read and drained.
+        reach = size if draw.random() < 0.3 else min(size, 4 * 2**20)
+        offset = draw.randrange(0, (reach - length) // BLOCK + 1) * BLOCK
+        act = draw.choices(["direct", "buffered", "memory", "discard", "zeroes"], [10, 4, 2, 1, 1])[0]
+        if act in ("discard", "zeroes"):
+            request = BLKDISCARD if act == "discard" else BLKZEROOUT
+            fcntl.ioctl(device, request, struct.pack("<QQ", offset, length))
+        elif act == "buffered":
+            os.pwrite(device.fileno(), draw.randbytes(length), offset)
+        elif act == "memory":
+            with mmap.mmap(device.fileno(), length, offset=offset) as view:
+                view[:] = draw.randbytes(length)
+                view.flush()
+        else:
+            _write_direct(path, offset, draw.randbytes(length))
+
+
+def _write_direct(path: Path, offset: int, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_DIRECT)
+    try:
+        with mmap.mmap(-1, len(data)) as aligned:
+            aligned[:] = data
+            os.pwritev(descriptor, [aligned], offset)
+    finally:
+        os.close(descriptor)
+
+
+def work_on_files(place: Path, draw: random.Random) -> None:
+    """One act in a file system: make, rename, cut, remove, map, synchronize."""
+    names = [place / f"file-{number}" for number in range(40)]
+    path = draw.choice(names)
+    act = draw.choice(["make", "make", "rename", "cut", "remove", "map", "synchronize"])
+    if act == "make":
+        path.write_bytes(draw.randbytes(draw.choice([100, 5_000, 60_000, 300_000])))
+    elif act == "synchronize":
+        descriptor = os.open(place, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        os.sync() if draw.random() < 0.2 else None
+    elif path.exists():
+        if act == "rename":
+            path.rename(draw.choice(names))
+        elif act == "cut":
+            os.truncate(path, draw.randrange(100_000))
+        elif act == "remove":
+            path.unlink()
+        elif path.stat().st_size:
+            with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as view:
+                at = draw.randrange(len(view))
+                view[at : at + 50] = bytes(len(view[at : at + 50]))
+                os.fsync(file.fileno())
+
+
+ACTS = {"raw": write_raw, "files": work_on_files}
+
+
+def main() -> None:
+    act, path, draw = ACTS[sys.argv[1]], Path(sys.argv[2]), random.Random(int(sys.argv[3]))
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        act(path, draw)
+
+
+if __name__ == "__main__":
+    main()
