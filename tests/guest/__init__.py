@@ -1,0 +1,1 @@
+"""A Debian guest with a real systemd: `make guest`."""

@@ -1,0 +1,290 @@
+"""What happens in the guest, step by step: installed, protected, changed, restarted, recovered outside, uninstalled.
+
+Each step has a deadline that suits emulation; the first that does not hold ends the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import shutil
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Final
+
+from farpoint.demo.programs import Programs
+from farpoint.machine_installation.errors import RemoteCommandFailed
+from recovery.verification import images_are_identical
+from tests.guest.guest_image import GuestImage
+from tests.guest.qemu_guest import HOST, GuestFailed, QemuGuest
+from tests.guest.site import GuestSite, now_ns
+
+PACKAGE: Final = "farpoint-mobility-agent"
+UNIT: Final = f"{PACKAGE}.service"
+DATA_DISK: Final = "/dev/disk/by-id/virtio-farpoint-data"
+DATA_DISK_BYTES: Final = 160 * 2**20
+DATA_FILES: Final = "/usr/lib/python3.11"
+EXPOSURE_MAX: Final = 3.0
+WATCHDOG_SECONDS: Final = 10
+SECONDS_MAX: Final = {
+    "boot": 600,
+    "servers": 120,
+    "install": 900,
+    "install again": 300,
+    "service": 300,
+    "watchdog": 300,
+    "first point": 600,
+    "change": 300,
+    "reboot": 700,
+    "point after reboot": 600,
+    "refused calls": 120,
+    "purge": 600,
+    "power off": 200,
+    "recover": 120,
+}
+SCRIPT_SECONDS_MAX: Final = 600.0
+
+LIST_FILES: Final = r"""
+find / -xdev -not -path '*/tmp/systemd-private-*' -printf '%y %m %U:%G %p -> %l\n' | sed 's/ -> $//' | sort
+echo -- accounts; sort /etc/passwd /etc/group
+echo -- units; systemctl list-unit-files --no-pager --no-legend | grep -i farpoint || true
+echo -- processes; ps -eo user,args | grep -i '[f]arpoint' || true
+"""
+KEPT: Final = re.compile(r". \d+ \d+:\d+ /(var/lib/dpkg/|var/lib/apt/|var/log/|var/cache/|var/lib/systemd/)")
+"""What the package system and a running Debian keep of whatever happened. Not what a package leaves."""
+
+WRITE_DATA: Final = """
+until mount {disk} /mnt 2>/dev/null; do sleep 0.5; done  # a round of the agent holds the disk for itself
+{change}
+umount /mnt
+blockdev --flushbufs {disk}
+"""
+FIRST_FILES: Final = f"cp -r {DATA_FILES} /mnt/first"
+SECOND_FILES: Final = (
+    f"rm -r /mnt/first/[a-e]*; cp -r {DATA_FILES}/[f-m]* /mnt/; head -c 3000000 /dev/urandom >/mnt/random"
+)
+THIRD_FILES: Final = "cp -r /usr/share/doc /mnt/after; rm /mnt/random"
+
+ASK_SERVICE: Final = f"systemctl show {UNIT}"
+FREEZE: Final = f"""
+mkdir -p /run/systemd/system/{UNIT}.d
+printf '[Service]\\nWatchdogSec={WATCHDOG_SECONDS}s\\n' >/run/systemd/system/{UNIT}.d/watchdog.conf
+systemctl daemon-reload
+systemctl restart {UNIT}
+before=$(systemctl show {UNIT} --property=MainPID --value)
+kill -STOP $before
+until now=$(systemctl show {UNIT} --property=MainPID --value)
+      [ "$now" != 0 ] && [ "$now" != "$before" ] && systemctl is-active --quiet {UNIT}; do sleep 1; done
+systemctl show {UNIT} --property=NRestarts --value
+journalctl --unit={UNIT} --no-pager --output=cat | grep -i watchdog
+rm -r /run/systemd/system/{UNIT}.d
+systemctl daemon-reload
+"""
+REFUSED_CALLS: Final = """
+journalctl --boot=all --no-pager --output=cat _TRANSPORT=kernel + _TRANSPORT=audit | grep -E 'SECCOMP|type=1326' || true
+"""
+AGENT: Final = "mobility-agent"
+HARMLESS_REFUSALS: Final = {
+    237: "mbind: numpy's OpenBLAS asks where its memory shall lie, and goes on without an answer",
+    435: "clone3: refused as unknown by RestrictNamespaces= itself; the C library takes clone instead",
+}
+"""By the numbers that x86-64 has for them."""
+PROVOKE_REFUSAL: Final = """
+systemd-run --quiet --wait --pipe --property=SystemCallFilter=~chmod --property=SystemCallFilter=~fchmodat \
+  --property=SystemCallErrorNumber=EPERM chmod 600 /dev/null || true
+"""
+
+
+class Story:
+    """One run of it. `seconds` says how long each step took, `figures` what else was seen."""
+
+    def __init__(self, image: GuestImage, package: Path, directory: Path) -> None:
+        self._directory = directory
+        self._package = package
+        self.data_disk = directory / "data.img"
+        self.guest = QemuGuest(image, directory, self.data_disk)
+        self.seconds: dict[str, float] = {}
+        self.figures: dict[str, Any] = {}
+        self._points: list[tuple[str, str, Path]] = []
+
+    async def run(self) -> None:
+        """Raises GuestFailed and what the programs raise, as soon as something does not hold."""
+        with self.data_disk.open("wb") as disk:
+            disk.truncate(DATA_DISK_BYTES)
+        async with self.guest, Programs(self._directory) as programs:
+            site = GuestSite(self._directory, programs)
+            try:
+                await self._play(site)
+                async with self._step("power off"):
+                    await self.guest.power_off()
+                    await site.stop()
+            except BaseException:
+                await self._keep_journal()
+                raise
+            finally:
+                await site.close()
+            async with self._step("recover"):
+                await self._recover(site)
+
+    async def _play(self, site: GuestSite) -> None:
+        async with self._step("boot"):
+            await self.guest.wait_until_up()
+        async with self._step("servers"):
+            await site.start()
+        before = await self._in_guest(LIST_FILES, "boot")
+        async with self._step("install"):
+            await self._install(site, "installed")
+        async with self._step("install again"):
+            await self._install(site, "up to date")
+        async with self._step("service"):
+            await self._look_at_service()
+        async with self._step("watchdog"):
+            await self._freeze()
+        async with self._step("first point"):
+            await self._in_guest(f"mkfs.ext4 -q {DATA_DISK}", "first point")
+            await self._write(FIRST_FILES, "first point")
+            await self._in_guest(f"mobility-agent protect {DATA_DISK}", "first point")
+            await self._keep_point(site, "first point")
+        async with self._step("change"):
+            await self._write(SECOND_FILES, "change")
+            await self._keep_point(site, "change")
+        async with self._step("reboot"):
+            await self.guest.restart()
+        async with self._step("point after reboot"):
+            await self._write(THIRD_FILES, "point after reboot")
+            await self._keep_point(site, "point after reboot")
+        async with self._step("refused calls"):
+            await self._look_for_refused_calls()
+        async with self._step("purge"):
+            await self._purge(before)
+
+    async def _install(self, site: GuestSite, wanted: str) -> None:
+        access = self.guest.access()
+        options = ["--user", access.user, "--port", access.port, "--key-file", self.guest.key_file]
+        record = await site.install(
+            HOST, [*options, "--known-hosts", self.guest.known_hosts, "--package", self._package]
+        )
+        for step in record["steps"]:
+            self._tell(f"  {step['step']}: {step['result']} ({step['seconds']} s)")
+        if record["result"] != wanted:
+            raise GuestFailed(f"the agent is {record['result']}, not {wanted}")
+        self.figures.setdefault("install_steps", {step["step"]: step["seconds"] for step in record["steps"]})
+
+    async def _look_at_service(self) -> None:
+        """It runs, as its unit says, under this systemd."""
+        told = await self._in_guest(ASK_SERVICE, "service")
+        shown = dict(line.partition("=")[::2] for line in told.splitlines())
+        wanted = {
+            "ActiveState": "active",
+            "SubState": "running",
+            "UnitFileState": "enabled",
+            "NRestarts": "0",
+            "Type": "notify",
+            "WatchdogUSec": "1min",
+        }
+        wrong = {key: shown.get(key) for key, value in wanted.items() if shown.get(key) != value}
+        if wrong:
+            raise GuestFailed(f"the service is not as it should be: {wrong}")
+        if said := (await self._in_guest(f"systemd-analyze verify --man=no {UNIT} 2>&1", "service")).strip():
+            raise GuestFailed(f"systemd finds fault with the unit: {said}")
+        told = await self._in_guest(f"systemd-analyze security --no-pager {UNIT}", "service")
+        found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", told)
+        if not found or float(found[1]) > EXPOSURE_MAX:
+            raise GuestFailed(f"the service is exposed: {told[-200:]}")
+        self.figures["exposure"] = float(found[1])
+
+    async def _freeze(self) -> None:
+        """A program that does not turn any more is killed and started again."""
+        told = await self._in_guest(FREEZE, "watchdog")
+        self._tell(f"  {told.strip().splitlines()[-1]}")
+
+    async def _write(self, change: str, step: str) -> None:
+        """Changes the data disk while it is mounted; unmounted and written out on return."""
+        await self._in_guest(WRITE_DATA.format(disk=DATA_DISK, change=change), step)
+
+    async def _keep_point(self, site: GuestSite, name: str) -> None:
+        """Waits for a recovery point of what is on the disk now; keeps a copy of the raw disk beside it."""
+        copy = self._directory / f"{name.replace(' ', '-')}.source.img"
+        await asyncio.to_thread(shutil.copyfile, self.data_disk, copy)
+        try:
+            point = await site.point_after(now_ns())
+        except BaseException:
+            self._tell(f"  {await site.state()}")
+            raise
+        self._points.append((name, point.point, copy))
+        self.figures["disk"] = point.disk
+
+    async def _look_for_refused_calls(self) -> None:
+        """The unit's filter refused the agent nothing that it needs; and a refusal would have been seen."""
+        refused = refused_calls(await self._in_guest(REFUSED_CALLS, "refused calls"))
+        self.figures["refused_calls"] = sorted(call for program, call in refused if program == AGENT)
+        if unknown := set(self.figures["refused_calls"]) - set(HARMLESS_REFUSALS):
+            raise GuestFailed(f"system calls of the agent were refused, by their numbers: {sorted(unknown)}")
+        seen = refused_calls(await self._in_guest(PROVOKE_REFUSAL + REFUSED_CALLS, "refused calls"))
+        if not any(program == "chmod" for program, _ in seen):
+            raise GuestFailed("a refused system call leaves no trace here, so that none was seen means nothing")
+
+    async def _purge(self, before: str) -> None:
+        """Nothing is left of it: no file, account, unit or process."""
+        await self._in_guest(f"apt-get purge --yes {PACKAGE}", "purge")
+        after = await self._in_guest(LIST_FILES, "purge")
+        was, now = counted(before), counted(after)
+        left = [*(f"+ {line}" for line in sorted(now - was)), *(f"- {line}" for line in sorted(was - now))]
+        self.figures["files_compared"] = len(was)
+        if left:
+            raise GuestFailed("uninstalling changed more than it should:\n" + "\n".join(left[:40]))
+
+    async def _recover(self, site: GuestSite) -> None:
+        """Every point, from the store and a key file alone, equals the raw disk as it was then, byte for byte."""
+        if not await asyncio.to_thread(images_are_identical, self.data_disk, self._points[-1][2]):
+            raise GuestFailed("the disk changed after the last point was kept: the comparison would mean nothing")
+        recovered = {}
+        for name, point, source in self._points:
+            target = source.with_suffix(".recovered")
+            await site.recover(self.figures["disk"], point, target)
+            recovered[name] = await asyncio.to_thread(images_are_identical, source, target)
+        self.figures["points"] = recovered
+        if not all(recovered.values()):
+            raise GuestFailed(f"not every point was recovered bit-exact: {recovered}")
+
+    async def _in_guest(self, script: str, step: str) -> str:
+        return await self.guest.run(f"set -e\n{script}", step=step, seconds=SCRIPT_SECONDS_MAX)
+
+    async def _keep_journal(self) -> None:
+        """What the guest's journal says last, beside the console, if it can still be asked."""
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(60):
+                text = await self._in_guest("journalctl --boot --no-pager --lines=400", "journal")
+            (self._directory / "journal.log").write_text(text)
+
+    @contextlib.asynccontextmanager
+    async def _step(self, name: str) -> AsyncIterator[None]:
+        started = time.monotonic()
+        self._tell(f"{name} …")
+        try:
+            async with asyncio.timeout(SECONDS_MAX[name]):
+                yield
+        except TimeoutError as error:
+            raise GuestFailed(f"{name}: not within {SECONDS_MAX[name]} s") from error
+        except RemoteCommandFailed as error:
+            raise GuestFailed(str(error)) from error
+        finally:
+            self.seconds[name] = round(time.monotonic() - started, 1)
+        self._tell(f"{name}: {self.seconds[name]} s")
+
+    @staticmethod
+    def _tell(text: str) -> None:
+        print(f"guest: {text}", file=sys.stderr, flush=True)
+
+
+def refused_calls(journal: str) -> set[tuple[str, int]]:
+    """(program, number of the system call) of each line about one."""
+    return {(found[1], int(found[2])) for found in re.finditer(r'comm="([^"]+)".* syscall=(\d+)', journal)}
+
+
+def counted(listing: str) -> set[str]:
+    """The lines of a listing that must be the same before and after."""
+    return {line for line in listing.splitlines() if not KEPT.match(line)}
