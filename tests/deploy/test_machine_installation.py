@@ -285,7 +285,7 @@ def test_an_agent_gets_onto_a_host_and_nothing_but_that_stays_there(fresh: Host,
         assert f"127.0.0.1: {step}: " in done.stderr
     assert fresh.leftovers() == ""
     pattern = TOKEN.pattern.decode().replace("\\.", "[.]")
-    fresh.run(f"! grep -rEl '{pattern}' /tmp /run /var/lib/farpoint /var/log /home/installer")
+    fresh.run(f"! grep -rEl '{pattern}' /tmp /run /var/lib/farpoint /var/log ~installer")
     listed = CliRunner().invoke(main, ["machines", "-o", "json", *server.options])
     (machine,) = [one for one in json.loads(listed.stdout) if one["machine"] == record["machine"]]
     assert not machine["is_silent"]
