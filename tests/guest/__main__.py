@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Final
 
 from protocol.errors import ReplicationError
+from runtime.errors import StateLocked
+from runtime.locks import exclusive_lock
 from tests.guest.guest_image import CACHE, ROOT, GuestImage, GuestMissing, check_tools, guest_image
 from tests.guest.qemu_guest import GuestFailed
 from tests.guest.story import PACKAGE, Story
@@ -27,7 +29,7 @@ NAME_SPACES: Final = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--
 
 
 def main() -> int:
-    """Outside: makes the image, for which it needs the network. Inside: everything else."""
+    """Outside of the name spaces, or inside."""
     parser = argparse.ArgumentParser(prog="make guest", description=__doc__)
     parser.add_argument("--package", type=Path, help="the agent's .deb; the one in dist/ by default")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
@@ -40,14 +42,20 @@ def main() -> int:
     if arguments.inside is not None:
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
         return play(GuestImage(directory=arguments.inside), package, image_seconds=arguments.image_seconds)
-    started = time.monotonic()
     try:
         check_tools()
-        print("guest: image …", file=sys.stderr)
-        image, was_made = guest_image()
-    except (GuestMissing, subprocess.CalledProcessError) as error:
+        with exclusive_lock(CACHE / "lock"):
+            return make_and_play(package)
+    except (GuestMissing, StateLocked, subprocess.CalledProcessError) as error:
         print(f"make guest: {error}", file=sys.stderr)
         return 1
+
+
+def make_and_play(package: Path) -> int:
+    """The image, which needs the network; then the rest, in name spaces of its own."""
+    started = time.monotonic()
+    print("guest: image …", file=sys.stderr)
+    image, was_made = guest_image()
     seconds = round(time.monotonic() - started, 1)
     print(f"guest: image: {seconds} s ({'made' if was_made else 'kept from before'})", file=sys.stderr)
     inside = ["--inside", image.directory, "--image-seconds", seconds, "--package", package.absolute()]

@@ -105,8 +105,10 @@ def guest_image() -> tuple[GuestImage, bool]:
     image = GuestImage(directory=CACHE / _key(source))
     if image.directory.is_dir():
         return image, False
-    shutil.rmtree(CACHE, ignore_errors=True)
+    for other in CACHE.glob(f"{source.release}-*"):
+        shutil.rmtree(other)
     work = CACHE / "unfinished"
+    shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, mode=0o700)
     _make(GuestImage(directory=work), source)
     work.rename(image.directory)
@@ -114,17 +116,18 @@ def guest_image() -> tuple[GuestImage, bool]:
 
 
 def _apt_source() -> AptSource:
-    """Raises GuestMissing."""
-    os_release = platform.freedesktop_os_release()
+    """Asks for apt's lists if there are none, as after an image's clean-up. Raises GuestMissing."""
+    release = platform.freedesktop_os_release().get("VERSION_CODENAME", "")
     columns = "$(ORIGIN)|$(LABEL)|$(RELEASE)|$(COMPONENT)|$(REPO_URI)|$(FILENAME)"
-    listed = _said("apt-get", "indextargets", "--format", columns, "Created-By: Packages")
-    wanted = ["Debian", "Debian", os_release.get("VERSION_CODENAME", ""), "main"]
-    for line in listed.splitlines():
-        *what, url, index = line.split("|")
-        if what == wanted and Path(index).exists():
-            proxy = _said("apt-config", "dump", "--format", "%v", "Acquire::http::Proxy").strip()
-            return AptSource(url=url, release=wanted[2], index=Path(index), proxy=proxy)
-    raise GuestMissing(f"apt has no list of Debian's {wanted[2]} main; is this Debian, and was `apt-get update` run?")
+    for has_asked in (False, True):
+        if has_asked:
+            _run("apt-get", "update", "--quiet", "--quiet")
+        for line in _said("apt-get", "indextargets", "--format", columns, "Created-By: Packages").splitlines():
+            *what, url, index = line.split("|")
+            if what == ["Debian", "Debian", release, "main"] and Path(index).exists():
+                proxy = _said("apt-config", "dump", "--format", "%v", "Acquire::http::Proxy").strip()
+                return AptSource(url=url, release=release, index=Path(index), proxy=proxy)
+    raise GuestMissing(f"apt has no source of Debian's {release} main here; is this Debian?")
 
 
 def _key(source: AptSource) -> str:
