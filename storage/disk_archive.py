@@ -56,6 +56,8 @@ SMALL_OBJECT_BYTES: Final = 65536
 """A segment up to this size is read whole; of a larger one first so much of its end."""
 CLOSE_ATTEMPTS_MAX: Final = 64
 """A predecessor that is still writing can take the closing segment's name that often."""
+UNLISTED_EPOCHS_MAX: Final = 64
+"""So many epochs that a list does not show are looked for by name."""
 READ_BYTES_MAX: Final = 64 * 2**20
 """The most that one read of frames takes into memory."""
 
@@ -160,10 +162,12 @@ class DiskArchive(VaultRecords):
     async def last_segment(self, disk: DiskId, epoch: int) -> SegmentSummary | None:
         """Where the epoch stands in storage; None if none of its segments is there up to a gap.
 
-        Only its end is verified: the last UPLOADS_IN_FLIGHT_MAX + 1 segments and how they follow each other. Raises
-        SegmentMissing (a gap that uploads under way do not explain), ObjectCorrupt, FormatNotSupported, StoreFault.
+        Only its end is verified: the last UPLOADS_IN_FLIGHT_MAX + 1 segments and how they follow each other. What a
+        list that is behind does not show is found by its name. Raises SegmentMissing (a gap that uploads under way do
+        not explain), ObjectCorrupt, FormatNotSupported, StoreFault.
         """
         sizes = await self._segment_sizes(object_names.epoch_prefix(self._vault, disk, epoch))
+        await self._add_unlisted(sizes, disk, epoch)
         names = sorted(sizes, key=lambda name: name.ordinal)
         whole = sum(1 for place, name in enumerate(names, start=1) if name.ordinal == place)
         beyond = names[whole:]
@@ -260,6 +264,16 @@ class DiskArchive(VaultRecords):
         prefix = object_names.disks_prefix(self._vault)
         return tuple(DiskId(folder) for folder in await self._folders(prefix) if _is_identifier(folder))
 
+    async def _add_unlisted(self, sizes: dict[SegmentName, int], disk: DiskId, epoch: int) -> None:
+        """Adds what continues the run of ordinals from 1 on and is there, though a list that is behind lacks it."""
+        for ordinal in itertools.count(1):
+            name = SegmentName(vault=self._vault, disk=disk, epoch=epoch, ordinal=ordinal)
+            if name not in sizes:
+                try:
+                    sizes[name] = (await self._store.info(str(name))).size_bytes
+                except ObjectNotFound:
+                    return
+
     async def _check_gap(self, names: list[SegmentName], whole: int, sizes: dict[SegmentName, int]) -> None:
         """Raises SegmentMissing unless what lies behind the first missing ordinal can be uploads under way."""
         beyond = names[whole:]
@@ -274,8 +288,10 @@ class DiskArchive(VaultRecords):
     async def _start_hash(self, disk: DiskId, epoch: int) -> bytes:
         """What the first segment of an epoch, of which none is there yet, has to continue."""
         folders = await self._folders(object_names.disk_prefix(self._vault, disk))
-        earlier = sorted((int(folder) for folder in folders if _is_epoch(folder) and int(folder) < epoch), reverse=True)
-        for number in earlier:
+        listed = [int(folder) for folder in folders if _is_epoch(folder) and int(folder) < epoch]
+        # why: a list that is behind lacks the newest, and a closing segment that continues the wrong one ends it all
+        unlisted = range(max(max(listed, default=0) + 1, epoch - UNLISTED_EPOCHS_MAX), epoch)
+        for number in sorted((*listed, *unlisted), reverse=True):
             last = await self.last_segment(disk, number)
             if last is not None and last.successor is not None and last.successor.epoch == epoch:
                 return last.trailer_hash

@@ -12,9 +12,10 @@ from storage.errors import ObjectExists, ObjectNotFound, StoreOutcomeUnknown
 
 class MemoryStore:
     """lost_replies: names whose next create() is carried out but not confirmed. lost_requests: where it is not even
-    carried out."""
+    carried out. unlisted: names that lists do not show."""
 
     def __init__(self) -> None:
+        self.unlisted: set[str] = set()
         self.objects: dict[str, bytes] = {}
         self.lost_replies: set[str] = set()
         self.lost_requests: set[str] = set()
@@ -46,7 +47,7 @@ class MemoryStore:
 
     async def list(self, prefix: str, *, after: str = "") -> AsyncIterator[ObjectInfo]:
         for name in sorted(self.objects):
-            if name.startswith(prefix) and name > after:
+            if name.startswith(prefix) and name > after and name not in self.unlisted:
                 yield await self.info(name)
 
     async def delete(self, name: str) -> None:

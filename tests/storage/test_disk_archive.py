@@ -572,6 +572,23 @@ class TestCloseEpoch:
         assert starts[0].parent_sequence == 4
         assert len(store.objects) == 3
 
+    async def test_a_list_that_is_behind_neither_stops_it_nor_breaks_the_chain(
+        self, archive: DiskArchive, store: MemoryStore
+    ) -> None:
+        """Simulation: the closing segment of an empty epoch continued nothing, and all behind it was lost."""
+        await write(archive, SegmentWriter(make_grant()), 2)
+        store.unlisted = set(store.objects)
+        await switch(archive, epoch=2, parent_epoch=1)
+        store.unlisted = set(store.objects)
+        writer = await switch(archive, epoch=3, parent_epoch=2)
+        store.unlisted = set(store.objects)
+        await write(archive, writer, 1)
+        store.unlisted = set()
+        history = await archive.history(DISK)
+        assert history.damage == ()
+        assert history.epochs[3].parent == Position(epoch=2, sequence=0)
+        assert len(history.path_to(Position(epoch=3, sequence=2))) == 3
+
     async def test_an_epoch_closed_for_another_is_a_fork(self, archive: DiskArchive) -> None:
         await write(archive, SegmentWriter(make_grant()), 2)
         await switch(archive, epoch=2, parent_epoch=1)
