@@ -48,6 +48,7 @@ from protocol.signed_records import (
     sign_point,
 )
 from protocol.vocabulary import DiskId, MachineId, ProcessServerId, VaultId
+from storage.errors import HistoryForked
 from tests.simulation.clock import ServersClock, true_now_ns
 from tests.simulation.process import SimulatedProcess
 
@@ -58,6 +59,7 @@ REQUEST_SECONDS_MAX: Final = 30.0
 """So long a caller waits for a server that is there and says nothing."""
 RPO_THRESHOLD_SECONDS: Final = 3600.0
 SERVER: Final = "simulated"
+FORKED: Final = HistoryForked.code
 
 Answer = TypeVar("Answer")
 
@@ -227,6 +229,8 @@ class ConfigurationServer:
             record = self.disks.get(position.disk)
             if record is not None:
                 self._take_epoch(record, position.epoch, process_server)
+        if process_server is self.owner and any(FORKED in fault.detail for fault in report.faults):
+            self._grant_around_a_fork()
         for order in report.completed_orders:
             if self.orders.pop(order, None) is not None:
                 self.revision += 1
@@ -255,6 +259,15 @@ class ConfigurationServer:
             return
         self._grant_missing(record)
         self.revision += 1
+
+    def _grant_around_a_fork(self) -> None:
+        """The owner's epoch continues one that the old owner left behind its back, and never said so: the next one
+        continues none of them, and everything is sent again."""
+        for record in self.disks.values():
+            if record.grants[record.current_epoch].grant.parent_epoch != record.current_epoch - 1:
+                record.current_epoch = max(record.grants) + 1
+                self._grant_missing(record)
+                self.revision += 1
 
     def _state(self, committed: CommittedPoint) -> None:
         """A point that is stated from now on, and ordered to be published."""

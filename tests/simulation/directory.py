@@ -153,6 +153,8 @@ class StorageMedium:
         self.capacity_bytes = capacity_bytes
         self.fail_next: set[Operation] = set()
         self.is_full = False
+        self.has_latent_errors = False
+        """A bit of it was turned over at some time: nothing mends that, as long as nobody writes there."""
         self.on_read_failure: Callable[[], None] = lambda: None
         self.on_change: Callable[[str, str], None] = lambda operation, name: None
         self.draw = draw
@@ -173,6 +175,7 @@ class StorageMedium:
         if not names:
             return None
         name = draw.choice(names)
+        self.has_latent_errors = True
         contents = self.files[name].contents
         contents[draw.randrange(len(contents))] ^= 1 << draw.randrange(8)
         return name

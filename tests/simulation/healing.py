@@ -51,6 +51,9 @@ class Healing:
         empty cache. What the source writes then has to get into the store, and to become a point there.
         """
         world = self._world
+        if any(host.state.has_latent_errors for host in world.process_servers):
+            # why: who has lost what it kept for this, and cannot ask for it, cannot go on
+            return
         world.note_fault(decision.kind)
         world.server.is_down = True
         if decision.draw % 2:

@@ -172,6 +172,16 @@ def close_no_epoch() -> None:
     replace(DiskArchive, "close_epoch", make)
 
 
+def believe_the_list() -> None:
+    """What a list does not show is not there."""
+
+    async def add_nothing(self: DiskArchive, sizes: Any, disk: Any, epoch: int) -> None:
+        return
+
+    replace(DiskArchive, "_add_unlisted", lambda add: counted(add_nothing))
+    replace(storage.disk_archive, "UNLISTED_EPOCHS_MAX", lambda epochs_max: 0)
+
+
 def look_at_no_records() -> None:
     """The signed records of points are no witness of anything."""
     replace(recovery.opened_vault, "_recorded_point", lambda recorded: counted(lambda record, disk: None))
