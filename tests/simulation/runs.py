@@ -14,9 +14,12 @@ SEEDS_PER_WORKER_MAX: Final = 200
 """A worker is replaced then: what a run leaves behind does not pile up."""
 
 
-def results(seeds: range, fault: str | None, *, processes: int, readable: bool = False) -> Iterator[RunResult]:
-    """Every seed's result. fault: a defect to plant first. With one process everything happens in this one."""
-    if processes == 1:
+def results(
+    seeds: range, fault: str | None, *, processes: int, readable: bool = False, is_apart: bool = False
+) -> Iterator[RunResult]:
+    """Every seed's result. fault: a defect to plant first. With one process everything happens in this one, unless it
+    is to stay free of the defect (is_apart)."""
+    if processes == 1 and not is_apart:
         prepare_worker(fault)
         for seed in seeds:
             yield run_seed(seed, readable=readable)

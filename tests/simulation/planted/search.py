@@ -28,7 +28,8 @@ def look_for(fault: str, *, seeds_max: int, processes: int) -> Found:
     planted = PLANTED_FAULTS[fault]
     others: dict[str, None] = {}
     seed = 0
-    for seed, result in enumerate(results(range(1, seeds_max + 1), fault, processes=processes), start=1):
+    seeds = range(1, seeds_max + 1)
+    for seed, result in enumerate(results(seeds, fault, processes=processes, is_apart=True), start=1):
         names = [violation.invariant for violation in result.violations]
         if found := next((name for name in names if planted.is_named_by(name)), None):
             return Found(fault=fault, invariant=planted.invariant, seeds=seed, violation=found, others=tuple(others))
