@@ -9,6 +9,7 @@ FIRST_SEED ?= 1
 FAULT ?=
 SEED ?= 1
 MINUTES ?= 5
+ROUNDS ?= 12
 PRODUCT := protocol storage runtime mobility_agent process_server config_server recovery farpoint deploy
 
 .PHONY: environment demo test lint audit simulate simulate-planted torture fuzz bench azurite bpf dist guest lock clean
@@ -57,6 +58,10 @@ fuzz: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: \
 		-r tests/fuzz/requirements.txt 1>&2
 	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(ARGS)
+
+# Hunts for lost updates on live block devices (root, loop devices, BPF), and the planted faults that it must catch.
+live: $(STAMP)
+	@$(BIN)/python -m tests.live --rounds $(ROUNDS) $(ARGS)
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.line $(ARGS)

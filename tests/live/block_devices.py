@@ -43,12 +43,13 @@ def bpf_file_system(at: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def loop_device(backing: Path, *, size_bytes: int, partitions: bool = False) -> Iterator[Path]:
-    """Direct to its backing file where that can be."""
+def loop_device(backing: Path, *, size_bytes: int, partitions: bool = False, is_direct: bool = False) -> Iterator[Path]:
+    """is_direct: past the page cache of its backing file, so that many reads and writes are under way at once."""
     need_root()
     backing.touch()
     os.truncate(backing, size_bytes)
     options = ["--partscan"] if partitions else []
+    options += ["--direct-io=on"] if is_direct else []
     device = run("losetup", *options, "--find", "--show", backing)
     try:
         yield Path(device)
@@ -79,6 +80,23 @@ def zram_device(*, size_bytes: int) -> Iterator[Path]:
             except OSError:
                 if time.monotonic() > deadline:
                     raise
+
+
+@contextmanager
+def slow_writes(backing: Path, name: str, *, writes_per_second: int) -> Iterator[Path]:
+    """A control group; what its processes write to the disk that holds `backing` is held up on its way, also through a
+    loop device, whose other users go on undisturbed. The file that takes their process identifiers."""
+    place = Path("/sys/fs/cgroup/blkio") / name
+    limit = place / "blkio.throttle.write_iops_device"
+    device = os.stat(backing.parent).st_dev
+    if not place.parent.is_dir():
+        not_here("this machine has no control group for block devices (blkio)")
+    place.mkdir()
+    try:
+        limit.write_text(f"{os.major(device)}:{os.minor(device)} {writes_per_second}")
+        yield place / "cgroup.procs"
+    finally:
+        place.rmdir()
 
 
 @contextmanager

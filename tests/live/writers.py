@@ -5,6 +5,7 @@ Each is a process of its own, `python -m tests.live.writers KIND PATH SEED`, and
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -24,12 +25,14 @@ BLKGETSIZE64 = 0x80081272
 
 
 @contextmanager
-def writing(kind: str, path: Path, seed: int) -> Iterator[subprocess.Popen[bytes]]:
-    """For the length of the block; fails if the writer failed."""
+def writing(kind: str, path: Path, seed: int, *, group: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """For the length of the block; fails if the writer failed. group: the control group's file that it joins."""
     writer = subprocess.Popen(
         [sys.executable, "-m", "tests.live.writers", kind, str(path), str(seed)], stdin=subprocess.PIPE
     )
     assert writer.stdin is not None
+    if group is not None:
+        group.write_text(str(writer.pid))
     try:
         yield writer
     finally:
@@ -61,7 +64,12 @@ def write_raw(path: Path, draw: random.Random) -> None:
         elif act == "memory":
             with mmap.mmap(device.fileno(), length, offset=offset) as view:
                 view[:] = draw.randbytes(length)
-                view.flush()
+                try:
+                    view.flush()
+                except OSError as error:
+                    # why: a write past the page cache to pages that are dirty in it leaves this to whoever flushes.
+                    if error.errno != errno.EIO:
+                        raise
         else:
             _write_direct(path, offset, draw.randbytes(length))
 
@@ -102,7 +110,12 @@ def work_on_files(place: Path, draw: random.Random) -> None:
                 os.fsync(file.fileno())
 
 
-ACTS = {"raw": write_raw, "files": work_on_files}
+def write_few_blocks(path: Path, draw: random.Random) -> None:
+    """Small writes past the page cache, to few places: on a slow device most of them are under way at any time."""
+    _write_direct(path, draw.randrange(64) * BLOCK, draw.randbytes(BLOCK))
+
+
+ACTS = {"raw": write_raw, "files": work_on_files, "slow": write_few_blocks}
 
 
 def main() -> None:

@@ -49,6 +49,8 @@ remove_program() {
   "$prefix/"*) rm -f "/usr/local/bin/$command" ;;
   esac
   rm -rf "$prefix/$program"-*
+  # Tracing programs and maps that outlive the agent.
+  [ "$program" != mobility-agent ] || rm -rf /sys/fs/bpf/farpoint
   if [ "$purge" = yes ]; then
     rm -rf "/var/lib/farpoint/$program" "/etc/farpoint/$command.toml"
     if [ "$owner" != root ] && getent passwd "$owner" >/dev/null; then

@@ -1,0 +1,37 @@
+"""`make live ROUNDS=N`: hunts for lost updates on live disks; the last line of output is one JSON object.
+
+Exit code 1 if anything was lost, or a planted fault was not caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+
+from tests.live.hunt import FAULTS, KINDS, Found, hunt_once, rounds_until_caught
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--first-seed", type=int, default=1)
+    parser.add_argument("--kind", choices=KINDS)
+    parser.add_argument("--fault", nargs="*", choices=list(FAULTS), default=list(FAULTS), help="only these")
+    arguments = parser.parse_args()
+    found = Found()
+    for number in range(arguments.rounds):
+        kind = arguments.kind or KINDS[number % len(KINDS)]
+        hunt_once(kind, arguments.first_seed + number, found)
+        print(f"round {number + 1} {kind}: {dataclasses.asdict(found)}", file=sys.stderr)
+    caught = {}
+    for name in arguments.fault:
+        caught[name] = rounds_until_caught(name, arguments.first_seed)
+        print(f"fault {name}: caught in round {caught[name]}", file=sys.stderr)
+    print(json.dumps(dataclasses.asdict(found) | {"faults_caught_in_round": caught}))
+    return int(bool(found.lost or found.points_damaged or not all(caught.values())))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
