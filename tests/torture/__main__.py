@@ -51,7 +51,7 @@ def main() -> int:
     for kind, missing in skipped.items():
         print(f"skipped: {kind}: this machine has no {', '.join(missing)}", file=sys.stderr)
     began = time.monotonic()
-    reports = _run_lanes(options) if kinds else []
+    reports = _run_lanes(options, available) if kinds else []
     counts: Counter[str] = Counter()
     for report in reports:
         counts.update(report["counts"])
@@ -110,7 +110,7 @@ def _stop(number: int, frame: object) -> None:
     raise Stopped
 
 
-def _run_lanes(options: argparse.Namespace) -> list[dict[str, Any]]:
+def _run_lanes(options: argparse.Namespace, available: frozenset[Need]) -> list[dict[str, Any]]:
     """Every lane's report. However it ends, nothing that a lane has started or mounted is left."""
     # why: what a lane that was killed had started becomes ours, and so can be found and ended
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -127,7 +127,7 @@ def _run_lanes(options: argparse.Namespace) -> list[dict[str, Any]]:
             deadline = time.monotonic() + 60 * options.minutes + ENDING_SECONDS_MAX
             return [_report_of(number, lane, deadline) for number, lane in enumerate(lanes)]
         finally:
-            _end(lanes, Path(directory))
+            _end(lanes, Path(directory), available)
 
 
 def _passed_on(options: argparse.Namespace) -> list[str]:
@@ -152,7 +152,7 @@ def _report_of(number: int, lane: subprocess.Popen[str], deadline: float) -> dic
     return {"steps": 0, "sites": 0, "points_recovered": 0, "counts": {}, "violations": [violation]}
 
 
-def _end(lanes: list[subprocess.Popen[str]], directory: Path) -> None:
+def _end(lanes: list[subprocess.Popen[str]], directory: Path, available: frozenset[Need]) -> None:
     for lane in lanes:
         if lane.poll() is None:
             lane.send_signal(STOP_LANE)
@@ -165,8 +165,9 @@ def _end(lanes: list[subprocess.Popen[str]], directory: Path) -> None:
     for orphan in _children():
         os.kill(orphan, signal.SIGKILL)
         os.waitpid(orphan, 0)
-    if os.geteuid() == 0:
+    if {Need.ROOT, Need.LOOP_DISKS} <= available:
         release(directory)
+    if Need.NAMESPACES in available:
         for lane in lanes:
             remove_namespaces_of(lane.pid)
 

@@ -37,8 +37,6 @@ NOT_AT_START: Final = ("open", "read")
 """Of an interpreter that cannot read itself nothing is to be learned."""
 CALLS_MAX: Final = 6
 STEP_MAX: Final = 3
-DID_NOT_START: Final = 127
-"""The dynamic loader's, which could not read a library."""
 SECONDS_MIN: Final = 0.8
 SECONDS_MAX: Final = 2.5
 START_SECONDS: Final = 4.0
@@ -117,8 +115,6 @@ class RecoveryErrors(TracedRecovery):
     def run(self) -> None:
         self._target = self.site.root / "recovered-under-errors"
         finished = self.recover(self._injection, self._target)
-        if finished.exit_code == DID_NOT_START:
-            return
         label = f"{errno.errorcode[self._injection.error]} at {self._injection.kind} of recovery"
         self.counts[label] += self.injected
         documented = finished.exit_code in ExitCode.__members__.values()

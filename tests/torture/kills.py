@@ -115,8 +115,10 @@ class TracedRecovery(Torment):
         """What became of it; never half a disk under the target's name."""
         site, output = self.site.site, self.site.root / "strace-recovery"
         output.unlink(missing_ok=True)
+        # why: an interpreter that cannot read its own libraries teaches nothing
+        read = [path for path in site.store_directory.rglob("*.*") if path.is_file()]
         command = (
-            *injection.starting(output),
+            *injection.starting(output, only=read if injection.kind == "read" else ()),
             *(str(PROGRAMS / "farpoint"), "recover", "--disk", self.site.disk, "--to", str(target), "--json"),
             *("--store", site.store_url, "--recovery-key", str(site.recovery_key)),
         )

@@ -92,15 +92,19 @@ class Lane:
                 with self._surroundings(directory) as surroundings:
                     self._torment_site(directory, surroundings, schedule, end)
             finally:
-                release(directory) if Need.ROOT in self.available else None
+                if self._has_disks:
+                    release(directory)
                 shutil.rmtree(directory, ignore_errors=True)
+
+    @property
+    def _has_disks(self) -> bool:
+        return {Need.ROOT, Need.LOOP_DISKS} <= self.available
 
     @contextmanager
     def _surroundings(self, directory: Path) -> Iterator[Surroundings]:
-        has_disks = {Need.ROOT, Need.LOOP_DISKS} <= self.available
         network = free_namespace() if {Need.ROOT, Need.NAMESPACES} <= self.available else Loopback()
         try:
-            yield Surroundings(supply=PowerSupply(directory) if has_disks else None, network=network)
+            yield Surroundings(supply=PowerSupply(directory) if self._has_disks else None, network=network)
         finally:
             network.remove()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +52,12 @@ class Injection:
         inject = f"inject={names}:{action}:when={self.when}"
         return ["strace", "-f", "-qq", "-o", str(output), "-e", f"trace={names}", "-e", inject]
 
-    def starting(self, output: Path) -> list[str]:
-        """A command that becomes the program which follows, watched from its first call."""
-        return [*self.command(output), "-D", "--"]
+    def starting(self, output: Path, *, only: Sequence[Path] = ()) -> list[str]:
+        """A command that becomes the program which follows, watched from its first call.
+
+        only: the files whose calls count; all of them if there are none.
+        """
+        return [*self.command(output), *(word for path in only for word in ("-P", str(path))), "-D", "--"]
 
     def __str__(self) -> str:
         action = errno.errorcode[self.error] if self.error else "kill -9"
