@@ -89,9 +89,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._timer_numbers = itertools.count()
         super().__init__(BlindSelector())
-        self.set_task_factory(
-            lambda loop, coroutine, **options: SimulatedTask(coroutine, loop=loop, **options)  # type: ignore[arg-type]
-        )
+        self.set_task_factory(lambda loop, coroutine, **options: SimulatedTask(coroutine, loop=loop, **options))
         self.set_exception_handler(lambda loop, context: self._note_failure(context))
 
     def next_task_serial(self) -> int:
@@ -105,7 +103,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self._timers.clear()
         super().close()
 
-    def call_at(
+    def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: Any = None
     ) -> asyncio.TimerHandle:
         due_seconds = when + self._random.random() * TIMER_LATENESS_SECONDS_MAX
@@ -133,7 +131,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
             self._permute(ready)
         for _ in range(len(ready)):
             handle = ready.popleft()
-            if handle._cancelled:  # type: ignore[attr-defined]
+            if handle._cancelled:
                 continue
             if self._held:
                 process = handle._context.get(RUNNING_PROCESS)  # type: ignore[attr-defined]
@@ -144,7 +142,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     def _take_due_timers(self, ready: deque[asyncio.Handle]) -> None:
         timers = self._timers
-        while timers and timers[0][2]._cancelled:  # type: ignore[attr-defined]
+        while timers and timers[0][2]._cancelled:
             heapq.heappop(timers)
         if not ready and not self._stopping:  # type: ignore[attr-defined]
             if not timers:
@@ -152,7 +150,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
             self._now_seconds = max(self._now_seconds, timers[0][0])
         while timers and timers[0][0] <= self._now_seconds:
             timer = heapq.heappop(timers)[2]
-            if not timer._cancelled:  # type: ignore[attr-defined]
+            if not timer._cancelled:
                 ready.append(timer)
 
     def _permute(self, ready: Any) -> None:
