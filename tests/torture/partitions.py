@@ -14,6 +14,8 @@ LONG_SHARE: Final = 0.15
 
 
 class Partition(Torment):
+    """One kind of loss for a while; sometimes for as long as a torment may last."""
+
     kind = "partition"
     needs = frozenset({Need.ROOT, Need.NAMESPACES})
 

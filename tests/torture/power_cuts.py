@@ -19,6 +19,8 @@ SECONDS_AWAY_MAX: Final = 0.5
 
 
 class PowerCuts(Torment):
+    """One or two, while the source changes; the programs that were not hit go on."""
+
     kind = "power cut"
     needs = frozenset({Need.ROOT, Need.LOOP_DISKS})
 
