@@ -42,7 +42,11 @@ _KEY_KINDS: Final = (
     ("ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521"),
     ("rsa-sha2-512", "rsa-sha2-256"),
 )
-_PATH: Final = "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8"
+_MARK: Final = "--farpoint--"
+"""What stands before a script's own words: the user's shell may greet before it runs anything."""
+_BEGIN: Final = f"""export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8
+echo {_MARK}
+"""
 
 _DIRECTORY = """{
 umask 077
@@ -122,10 +126,10 @@ class RemoteHost:
         with _translated(self.name, step):
             try:
                 async with asyncio.timeout(seconds):
-                    status, output, errors = await self._converse(shell, f"{_PATH}\n{script}".encode())
+                    status, output, errors = await self._converse(shell, f"{_BEGIN}{script}".encode())
             except TimeoutError as error:
                 raise StepTookTooLong(host=self.name, step=step, seconds=seconds) from error
-        text = output.decode("utf-8", "replace")
+        text = output.decode("utf-8", "replace").rpartition(f"{_MARK}\n")[2]
         if status != 0:
             told = f"{text}{errors.decode('utf-8', 'replace')}"
             raise RemoteCommandFailed(host=self.name, step=step, status=status, text=told)
@@ -155,14 +159,9 @@ class RemoteHost:
             with _translated(self.name, step):
                 try:
                     async with asyncio.timeout(seconds):
-                        holder.stdin.write(f"{_PATH}\n{_DIRECTORY}".encode())
-                        line = await holder.stdout.readline()
+                        path = await self._made_directory(holder, step)
                 except TimeoutError as error:
                     raise StepTookTooLong(host=self.name, step=step, seconds=seconds) from error
-                path = line.decode("utf-8", "replace").rstrip("\n")
-                if not path.startswith("/"):
-                    text = (await holder.stderr.read(BLOCK_BYTES)).decode("utf-8", "replace")
-                    raise RemoteCommandFailed(host=self.name, step=step, status=holder.returncode, text=text)
             yield path
         except BaseException:
             # why: should this fail too, the host removes it by itself as soon as the connection is gone
@@ -174,6 +173,16 @@ class RemoteHost:
                 await _let_go(holder)
             except TimeoutError as error:
                 raise StepTookTooLong(host=self.name, step="clean", seconds=CLEAN_SECONDS_MAX) from error
+
+    async def _made_directory(self, holder: asyncssh.SSHClientProcess[bytes], step: str) -> str:
+        holder.stdin.write(f"{_BEGIN}{_DIRECTORY}".encode())
+        while await holder.stdout.readline() not in (f"{_MARK}\n".encode(), b""):
+            pass
+        path = (await holder.stdout.readline()).decode("utf-8", "replace").rstrip("\n")
+        if not path.startswith("/"):
+            text = path + (await holder.stderr.read(BLOCK_BYTES)).decode("utf-8", "replace")
+            raise RemoteCommandFailed(host=self.name, step=step, status=holder.returncode, text=text)
+        return path
 
     async def _converse(self, command: str, data: bytes) -> tuple[int | None, bytes, bytes]:
         process = await self._connection.create_process(command, encoding=None)

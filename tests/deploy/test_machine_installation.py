@@ -49,6 +49,8 @@ usermod --shell /usr/local/bin/hanging-shell hanging
 printf '#!/bin/sh\nexec yes\n' >/usr/local/bin/flooding-shell
 chmod +x /usr/local/bin/flooding-shell
 usermod --shell /usr/local/bin/flooding-shell flooding
+usermod --shell /bin/bash installer
+echo 'echo Welcome, /stranger.' >~installer/.bashrc  # which bash reads under sshd too
 echo 'installer ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/installer
 cat >/usr/bin/systemctl <<'SCRIPT'
 #!/bin/bash
