@@ -141,7 +141,7 @@ class DiskReplication:
         self._outcome: RoundOutcome | None = None
         self._error: ReplicationError | None = None
         self._read_bytes = self._sent_bytes = self._rounds = self._settled_rounds = self._points = 0
-        self._alarms = 0
+        self._alarms = self._follow_ups = 0
         self._resyncs: dict[str, int] = {}
         self._source_name, self._source_reason = "", ""
 
@@ -434,7 +434,11 @@ class DiskReplication:
         # why: a copy that did not settle, or had no clock to mark with, is followed at once by the round that can. Only
         # once: without a clock, rounds that follow each other would read the disk for ever.
         waits = not is_copy or (self._outcome.is_settled and self._outcome.reason != NO_CLOCK)
-        self._next_round_seconds = began if waits else None
+        self._follow_ups = 0 if self._outcome.is_settled else self._follow_ups + 1
+        is_followed_up = 0 < self._follow_ups <= history.changes.follow_ups_max
+        self._next_round_seconds = began if waits and not is_followed_up else None
+        if self._follow_ups > history.changes.follow_ups_max:
+            self._follow_ups = 0
 
     def _is_point_due(self, *, is_changed: bool) -> bool:
         last = self._last_point_seconds

@@ -74,6 +74,7 @@ class BitmapSource:
 
     name: Final = "bitmap"
     reason: Final = ""
+    follow_ups_max: Final = 3
 
     def __init__(
         self,
@@ -268,6 +269,7 @@ class BitmapRound:
         self._next = 0
         self._compared_to_bytes = first_bytes
         self._is_given_up = False
+        self._observed: RoundObservation | None = None
 
     @property
     def is_exhausted(self) -> bool:
@@ -292,12 +294,14 @@ class BitmapRound:
                 own = FramePacker()
                 for change in finding.changes:
                     own.add(change)
+                self._observe_if_exhausted()
                 return [*frames, self._frame(own, finding.receipt, 0, self._compared_to_bytes)]
             for change in finding.changes:
                 packer.add(moved(change, packing, packer.raw_bytes))
             receipt += finding.receipt
             if not packer.fits(raw_bytes=DIGEST_BLOCK_BYTES, extents=FRAME_EXTENTS_MAX // 4):
                 break
+        self._observe_if_exhausted()
         return [self._frame(packer, receipt, 1, self._compared_to_bytes)] if len(packer) else []
 
     def end(self) -> RoundEnd:
@@ -305,17 +309,7 @@ class BitmapRound:
         self._source.check()
         if self._is_given_up:
             return RoundEnd(promise=Promise.COPY_IN_FUZZY, reason="the round was given up")
-        before, now = self._begin, self._tracked.counters()
-        missed = self._tracked.read_audit().missed_submissions - before.missed_submissions
-        seen = RoundObservation(
-            was_quiet=before.was_quiet,
-            rewritten_blocks=self._layout.count_common(self._wanted, self._tracked.in_use(Marks.SUBMISSION)),
-            foreign_completions=now.foreign - before.counters.foreign,
-            untracked_submissions=now.untracked - before.counters.untracked,
-            missed_submissions=missed,
-            failed_writes=now.failed - before.counters.failed,
-            is_audit_clean=self._owner.is_audit_clean(),
-        )
+        seen = self._observed or self._observe()
         reason = why_not_still(seen)
         if seen.was_quiet and seen.is_audit_clean and not seen.untracked_submissions and not seen.missed_submissions:
             self._owner.settle()
@@ -325,6 +319,25 @@ class BitmapRound:
 
     def abandon(self) -> None:
         self._is_given_up = True
+
+    def _observe_if_exhausted(self) -> None:
+        # why: at the last read, not at the end of the round. What is written while the rest is sent, perhaps by the
+        # agent itself to its own state on this disk, was not there when the blocks were read.
+        if self.is_exhausted:
+            self._observed = self._observe()
+
+    def _observe(self) -> RoundObservation:
+        before, now = self._begin, self._tracked.counters()
+        missed = self._tracked.read_audit().missed_submissions - before.missed_submissions
+        return RoundObservation(
+            was_quiet=before.was_quiet,
+            rewritten_blocks=self._layout.count_common(self._wanted, self._tracked.in_use(Marks.SUBMISSION)),
+            foreign_completions=now.foreign - before.counters.foreign,
+            untracked_submissions=now.untracked - before.counters.untracked,
+            missed_submissions=missed,
+            failed_writes=now.failed - before.counters.failed,
+            is_audit_clean=self._owner.is_audit_clean(),
+        )
 
     def _compare(self, buffer: memoryview) -> _Finding:
         """Reads what is marked of the next window, in whole digest blocks, and compares those."""

@@ -105,6 +105,11 @@ class ChangeSource(Protocol):
         ...
 
     @property
+    def follow_ups_max(self) -> int:
+        """How many rounds may follow at once one that did not settle: each reads less, and is less likely disturbed."""
+        ...
+
+    @property
     def alarms(self) -> int:
         """How often since the program began the source found that it had missed something, and mended it."""
         ...

@@ -127,6 +127,18 @@ def test_a_write_elsewhere_leaves_the_round_what_the_disk_was_when_it_began(trac
     assert tracked.differing_blocks() == []
 
 
+def test_what_is_written_after_the_last_read_does_not_matter(tracked: TrackedDisk) -> None:
+    """Also to blocks of the round: the agent's own state may lie there."""
+    write(tracked.device, 0, os.urandom(BLOCK))
+    before = tracked.device.read_bytes()
+    current = tracked.source.begin_round(first_bytes=0)
+    tracked.read_all(current)
+    write(tracked.device, 0, os.urandom(BLOCK))
+    assert current.end().promise is Promise.COPY_IN_VALIDATED
+    assert tracked.copy == before
+    assert tracked.round().sent_bytes == BLOCK
+
+
 def test_a_block_beside_a_newer_write_gets_no_digest(tracked: TrackedDisk) -> None:
     """It would say of contents that were not sent that they are in the history."""
     old = os.urandom(BLOCK)

@@ -70,6 +70,29 @@ def expect_sound_file_system(site: Site, disk: DiskId, point: str) -> None:
     image.unlink()
 
 
+def test_an_agent_whose_own_state_is_on_the_disk_still_gets_points(tmp_path: Path) -> None:
+    """Every round of it writes to the disk that it reads."""
+    with (
+        bpf_file_system(tmp_path / "bpf") as pins,
+        loop_device(tmp_path / "disk.img", size_bytes=SIZE_BYTES) as device,
+        Site(tmp_path) as site,
+    ):
+        site.agent_settings = {"tracking": "bitmap", "tracking_directory": pins}
+        run("mkfs.ext4", "-q", "-F", device)
+        with mounted(device, tmp_path / "mnt") as place:
+            (place / "state").mkdir()
+            (tmp_path / "agent").symlink_to(place / "state")
+            agent = site.agent()
+            disk = protect(site, agent, device)
+            site.wait_for_point(disk, after_ns=0)
+            (place / "file").write_bytes(os.urandom(MIB))
+            os.sync()
+            point = site.wait_for_point(disk, after_ns=time.time_ns())
+            expect_sound_file_system(site, disk, point)
+            agent.server.stop()
+            del site.agents[agent.name]
+
+
 @pytest.mark.parametrize("wanted", ["auto", "scan", "bitmap"])
 def test_an_operator_sees_which_source_is_used_and_why(tmp_path: Path, wanted: str) -> None:
     """The place for the pins is on no BPF file system, which is all that is missing."""

@@ -75,6 +75,11 @@ class TrackedDisk:
 
     def finish(self, current: Round) -> Told:
         """The rest of a round."""
+        sent_bytes = self.read_all(current)
+        return Told(end=current.end(), read_bytes=current.read_bytes, sent_bytes=sent_bytes)
+
+    def read_all(self, current: Round) -> int:
+        """The rest of a round but for its end; the bytes that were sent."""
         sent_bytes = 0
         while not current.is_exhausted:
             frames = current.read(self._window, self._packing)
@@ -84,7 +89,7 @@ class TrackedDisk:
             if frames:
                 self.sequence += 1
                 self.source.sent(self.sequence, [frame.receipt for frame in frames])
-        return Told(end=current.end(), read_bytes=current.read_bytes, sent_bytes=sent_bytes)
+        return sent_bytes
 
     def round_or_resync(self) -> Told:
         """A round; in a new epoch, over everything, if track was lost."""

@@ -120,6 +120,9 @@ ACTS = {"raw": write_raw, "files": work_on_files, "slow": write_few_blocks}
 
 def main() -> None:
     act, path, draw = ACTS[sys.argv[1]], Path(sys.argv[2]), random.Random(int(sys.argv[3]))
+    if path.is_dir():
+        path = path / f"writer-{sys.argv[3]}"  # why: one that renames what another removes would stumble
+        path.mkdir(exist_ok=True)
     while not select.select([sys.stdin], [], [], 0)[0]:
         act(path, draw)
 
