@@ -66,6 +66,12 @@ class ServersClock:
         """Whether nobody had set it before that true instant, so that its instants are true ones."""
         return len(self._settings) == 1 or self._settings[1][0] > true_ns
 
+    def is_in_doubt(self) -> bool:
+        """Whether it shows what an earlier span covers, so that the core takes instants for old ones: until it has passed
+        that, no RPO is known (docs/decisions/0006)."""
+        now_ns = self.now_ns()
+        return any(span.first_ns <= now_ns <= span.last_ns for span in self._state.spans[:-1])
+
     def was_set_unheard(self, heard_ns: int, true_ns: int) -> bool:
         """Whether whoever heard it last at one true instant cannot know at another that it was set in between, and is
         out of touch for longer than the real core allows for."""

@@ -100,7 +100,7 @@ class Healing:
             elif state is not DiskState.DELTA_REPLICATION or not is_settled or backlog_bytes:
                 name = state.value if state else None
                 left.append(f"{disk.path} is in {name}, settled {is_settled}, backlog {backlog_bytes} bytes")
-            elif known[0] not in self._world.shown_rpo:
+            elif known[0] not in self._world.shown_rpo and not self._world.server.clock.is_in_doubt():
                 left.append(f"{disk.path} has an unknown recovery point objective")
         return left
 
