@@ -67,7 +67,7 @@ class ServersClock:
         return len(self._settings) == 1 or self._settings[1][0] > true_ns
 
     def is_in_doubt(self) -> bool:
-        """Whether it shows what an earlier span covers, so that the core takes instants for old ones: until it has passed
+        """Whether it shows what an earlier span covers, so that the core takes instants for old ones: until it is past
         that, no RPO is known (docs/decisions/0006)."""
         now_ns = self.now_ns()
         return any(span.first_ns <= now_ns <= span.last_ns for span in self._state.spans[:-1])
