@@ -74,7 +74,8 @@ class ThrowawayMachine:
         log: takes what it says.
         """
         with log.open("wb") as file:
-            command, environment = self._command(), self._environment(script, None)
+            # why setpriv: it shall not outlive a test run that is killed either
+            command, environment = ["setpriv", "--pdeathsig=KILL", *self._command()], self._environment(script, None)
             process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
             try:
                 yield process

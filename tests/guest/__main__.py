@@ -59,7 +59,17 @@ def make_and_play(package: Path) -> int:
     seconds = round(time.monotonic() - started, 1)
     print(f"guest: image: {seconds} s ({'made' if was_made else 'kept from before'})", file=sys.stderr)
     inside = ["--inside", image.directory, "--image-seconds", seconds, "--package", package.absolute()]
-    words = ["unshare", *NAME_SPACES, sys.executable, "-m", "tests.guest", *(str(word) for word in inside)]
+    # why setpriv: nothing outlives a run that is killed
+    words = [
+        "setpriv",
+        "--pdeathsig=KILL",
+        "unshare",
+        *NAME_SPACES,
+        sys.executable,
+        "-m",
+        "tests.guest",
+        *(str(word) for word in inside),
+    ]
     return subprocess.run(words, cwd=ROOT, check=False).returncode
 
 
