@@ -434,7 +434,7 @@ class DiskReplication:
         # why: a copy that did not settle, or had no clock to mark with, is followed at once by the round that can. Only
         # once: without a clock, rounds that follow each other would read the disk for ever.
         waits = not is_copy or (self._outcome.is_settled and self._outcome.reason != NO_CLOCK)
-        self._follow_ups = 0 if self._outcome.is_settled else self._follow_ups + 1
+        self._follow_ups = 0 if is_copy or self._outcome.is_settled else self._follow_ups + 1
         is_followed_up = 0 < self._follow_ups <= history.changes.follow_ups_max
         self._next_round_seconds = began if waits and not is_followed_up else None
         if self._follow_ups > history.changes.follow_ups_max:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import structlog
+
 from mobility_agent.core.tracking_choice import MachineAbilities, SourceChoice, WantedSource, choose_source
 from mobility_agent.disk_reader import LocalDisk
 from mobility_agent.errors import DiskNotSupported
@@ -18,6 +20,8 @@ from mobility_agent.tracking.kernel_tracker import KernelTracker
 from mobility_agent.tracking.scan import ScanSource
 from protocol.vocabulary import DiskId
 from runtime.directory import DurableDirectory
+
+log = structlog.get_logger(__name__)
 
 
 class SourceSelection:
@@ -48,7 +52,12 @@ class SourceSelection:
                 reason = f"tracking could not begin: {error}"
                 if self._wanted is WantedSource.BITMAP:
                     raise DiskNotSupported(path=path, reason=reason) from error
-        self.forget(disk)
+        try:
+            self.forget(disk)
+        except DiskNotSupported as error:
+            # why: pins that cannot be removed do no harm: if they are ever taken up again, all that was written since
+            # is marked in them, or they are found to be broken.
+            log.warning("disk", disk=disk, path=path, error=str(error))
         return ScanSource(disk=disk, source=source, directory=directory, draw_random=draw_random, reason=reason)
 
     def forget(self, disk: DiskId) -> None:

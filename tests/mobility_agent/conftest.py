@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mobility_agent.disk_reader import open_local_disk
+from mobility_agent.ports import Tracking
 from mobility_agent.service import AgentLimits, AgentService
 from protocol.vocabulary import DIGEST_BLOCK_BYTES, DiskId
 from runtime.clock import SystemClock
@@ -43,6 +44,7 @@ class Bench:
         self.control = ModelControl()
         self.control.on_report = self.server.changed.set
         self.service: AgentService | None = None
+        self.tracking: Tracking | None = None
 
     def write_image(self, size_bytes: int, *, seed: int = 1, zero_share: float = 0.3) -> None:
         """Random blocks, some of zeroes, some holes."""
@@ -87,6 +89,7 @@ class Bench:
                 draw_random=os.urandom,
                 executor=self.executor,
                 limits=limits,
+                tracking=self.tracking,
             )
             task = group.create_task(service.run())
             try:

@@ -1,0 +1,161 @@
+"""What the agent makes of what its sources say: which one a disk gets, what instant a point carries, when rounds
+follow at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from mobility_agent.core.tracking_choice import SourceChoice, WantedSource
+from mobility_agent.disk_reader import open_local_disk
+from mobility_agent.errors import DiskNotSupported
+from mobility_agent.ports import DrawRandom, SourceDisk
+from mobility_agent.tracking.bitmap import BitmapSource
+from mobility_agent.tracking.change_source import Promise, RoundEnd, SourceFrame
+from mobility_agent.tracking.scan import ScanRound, ScanSource
+from mobility_agent.tracking.selection import SourceSelection
+from protocol.vocabulary import DiskId
+from runtime.directory import DurableDirectory
+from runtime.local_directory import LocalDirectory
+from tests.mobility_agent.conftest import MIB, Bench
+
+DISK = DiskId("d" * 32)
+LATER_NS = 2_000_000_000_000
+
+
+class ActedRound(ScanRound):
+    """A round that ends as it is told to."""
+
+    end_as: Callable[[RoundEnd], RoundEnd]
+    at_read: Callable[[], None] = staticmethod(lambda: None)
+
+    def read(self, window: memoryview, packing: memoryview) -> Sequence[SourceFrame]:
+        self.at_read()
+        return super().read(window, packing)
+
+    def end(self) -> RoundEnd:
+        return self.end_as(super().end())
+
+
+class ActedSource(ScanSource):
+    """Counts its rounds."""
+
+    follow_ups_max = 2  # type: ignore[misc]
+    end_as: Callable[[RoundEnd], RoundEnd] = staticmethod(lambda end: end)
+    at_read: Callable[[], None] = staticmethod(lambda: None)
+    rounds = 0
+
+    def begin_round(self, *, first_bytes: int) -> ScanRound:
+        self.rounds += 1
+        acted = ActedRound(self._source, self.digests, first_bytes=first_bytes)
+        acted.end_as, acted.at_read = self.end_as, self.at_read  # type: ignore[method-assign]
+        return acted
+
+
+class ActedTracking:
+    """Implements Tracking."""
+
+    def __init__(self, prepare: Callable[[ActedSource], None]) -> None:
+        self.source: ActedSource | None = None
+        self.forgotten: list[DiskId] = []
+        self._prepare = prepare
+
+    def open(
+        self, disk: DiskId, path: str, source: SourceDisk, *, directory: DurableDirectory, draw_random: DrawRandom
+    ) -> ActedSource:
+        self.source = ActedSource(disk=disk, source=source, directory=directory, draw_random=draw_random)
+        self._prepare(self.source)
+        return self.source
+
+    def forget(self, disk: DiskId) -> None:
+        self.forgotten.append(disk)
+
+
+@pytest.mark.parametrize("is_of_begin", [True, False])
+async def test_a_point_carries_a_tick_from_before_what_it_shows(bench: Bench, is_of_begin: bool) -> None:
+    """What the disk held when the round began is no newer than the tick that had come by then."""
+
+    def tick() -> None:
+        assert bench.service is not None
+        for link in bench.service._links.values():
+            assert link.uplink.connection is not None
+            link.uplink.connection.last_tick_ns = LATER_NS
+
+    def prepare(source: ActedSource) -> None:
+        source.end_as = lambda end: dataclasses.replace(end, is_of_begin=is_of_begin)  # type: ignore[method-assign]
+        source.at_read = tick  # type: ignore[method-assign]
+
+    bench.tracking = ActedTracking(prepare)
+    bench.write_image(2 * MIB)
+    async with bench.agent() as service:
+        await service.protect(str(bench.image))
+        await bench.until_points(1)
+    bookmark = bench.server.disks[bench.disk].ends()[-1].bookmark
+    assert bookmark is not None
+    assert bookmark.instant_ns == (bench.server.instant_ns if is_of_begin else LATER_NS)
+
+
+async def test_rounds_follow_one_that_did_not_settle_but_not_for_ever(bench: Bench) -> None:
+    def prepare(source: ActedSource) -> None:
+        source.end_as = lambda end: RoundEnd(promise=Promise.COPY_IN_FUZZY, reason="disturbed")  # type: ignore[method-assign]
+
+    tracking = bench.tracking = ActedTracking(prepare)
+    bench.write_image(MIB)
+    async with bench.agent() as service:
+        await service.protect(str(bench.image))
+        rounds = 1 + 1 + ActedSource.follow_ups_max  # the copy, the delta round after it, and what follows that
+        await bench.server.until(lambda: bool(service.protection) and _rounds(service.protection) == rounds)
+        (status,) = service.protection
+        assert status.replication is not None
+        assert (status.replication.settled_rounds, status.replication.points) == (0, 0)
+        assert status.replication.unsettled_reason == "disturbed"
+    assert tracking.source is not None
+    assert tracking.source.rounds == rounds
+
+
+def _rounds(protection: Sequence[object]) -> int:
+    (status,) = protection
+    replication = getattr(status, "replication", None)
+    return 0 if replication is None else replication.rounds
+
+
+async def test_the_end_of_a_protection_ends_its_tracking(bench: Bench) -> None:
+    tracking = bench.tracking = ActedTracking(lambda source: None)
+    bench.write_image(MIB)
+    async with bench.agent() as service:
+        await service.protect(str(bench.image))
+        await bench.until_points(1)
+        disk = bench.disk
+        await service.unprotect(str(bench.image), keep=True)
+        await bench.server.until(lambda: not service.protection)
+    assert tracking.forgotten == [disk]
+
+
+def test_a_disk_whose_tracking_cannot_begin_is_scanned_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "image").write_bytes(os.urandom(MIB))
+    (tmp_path / "pins").mkdir()
+    disk = open_local_disk(str(tmp_path / "image"), None)
+
+    def refuse(self: SourceSelection, *arguments: object) -> BitmapSource:
+        raise OSError(22, "the verifier says no")
+
+    monkeypatch.setattr(SourceSelection, "choose", lambda self, source: SourceChoice(source="bitmap", reasons=()))
+    monkeypatch.setattr(SourceSelection, "_open_bitmap", refuse)
+    monkeypatch.setattr("mobility_agent.tracking.kernel_tracker.KernelTracker.open", refuse)
+
+    def opened(wanted: WantedSource) -> str:
+        selection = SourceSelection(wanted, tmp_path / "pins")
+        directory = LocalDirectory(tmp_path / "state")
+        found = selection.open(DISK, "path", disk, directory=directory, draw_random=os.urandom)
+        assert isinstance(found, ScanSource)
+        return found.reason
+
+    assert "the verifier says no" in opened(WantedSource.AUTO)
+    with pytest.raises(DiskNotSupported, match="the verifier says no"):
+        opened(WantedSource.BITMAP)
