@@ -142,7 +142,7 @@ def _report_of(number: int, lane: subprocess.Popen[str], deadline: float) -> dic
         output, _ = lane.communicate(timeout=max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         lane.send_signal(STOP_LANE)
-        output, _ = lane.communicate()
+        output = _last_words(lane)
     lines = output.splitlines() or [""]
     if lines[-1].startswith("{"):
         report: dict[str, Any] = json.loads(lines[-1])
@@ -150,6 +150,15 @@ def _report_of(number: int, lane: subprocess.Popen[str], deadline: float) -> dic
     detail = f"ended with {lane.returncode} and without a report"
     violation = {"invariant": THE_TORTURE_ITSELF, "kind": "none", "lane": number, "detail": detail}
     return {"steps": 0, "sites": 0, "points_recovered": 0, "counts": {}, "violations": [violation]}
+
+
+def _last_words(lane: subprocess.Popen[str]) -> str:
+    """Of a lane that was told to stop."""
+    try:
+        return lane.communicate(timeout=STOPPING_SECONDS_MAX)[0]
+    except subprocess.TimeoutExpired:
+        lane.kill()
+        return lane.communicate()[0]
 
 
 def _end(lanes: list[subprocess.Popen[str]], directory: Path, available: frozenset[Need]) -> None:

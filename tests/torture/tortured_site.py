@@ -26,7 +26,7 @@ from tests.scenarios.site import Agent, Site, free_port
 from tests.torture.network import Loopback, Namespace
 from tests.torture.power import FileSystem, PowerDisk, PowerSupply
 from tests.torture.tcp_proxy import TcpProxy
-from tests.torture.tracing import tasks_of
+from tests.torture.tracing import end_tracers_of, tasks_of
 
 SOURCE_BYTES_MIN: Final = 8 * MEBIBYTE
 SOURCE_BYTES_MAX: Final = 24 * MEBIBYTE
@@ -122,6 +122,8 @@ class TorturedSite(AbstractContextManager["TorturedSite"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for server in self.site.running:
+            end_tracers_of(server.process_id)
         self._stack.close()
 
     @property
@@ -161,8 +163,13 @@ class TorturedSite(AbstractContextManager["TorturedSite"]):
         """kill -9, if it runs."""
         server = self.programs[name]
         if server.is_running:
-            server.kill()
-            self.abrupt_ends += 1
+            self._kill(server)
+
+    def _kill(self, server: Server) -> None:
+        server.signal(signal.SIGKILL)
+        end_tracers_of(server.process_id)
+        server.dispose()
+        self.abrupt_ends += 1
 
     def start_what_ended(self) -> None:
         """All that does not run; each answers on return. The configuration server first, as the others ask it."""
@@ -182,8 +189,7 @@ class TorturedSite(AbstractContextManager["TorturedSite"]):
         wait_until_still(running)
         clones = {name: self.disks[name].cut() for name in names}
         for server in running:
-            server.kill()
-            self.abrupt_ends += 1
+            self._kill(server)
         for name, clone in clones.items():
             self.disks[name].come_back(clone)
 

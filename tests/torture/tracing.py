@@ -6,7 +6,10 @@ watches; an error is given instead of the call, which is not made.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -83,7 +86,12 @@ def attached(process_id: int, injection: Injection, output: Path) -> Iterator[No
         yield
     finally:
         tracer.terminate()
-        tracer.wait(DETACH_SECONDS)
+        try:
+            tracer.wait(DETACH_SECONDS)
+        except subprocess.TimeoutExpired:
+            # why: it can wait for ever for threads of a program that was killed while it was being attached
+            tracer.kill()
+            tracer.wait()
 
 
 def _wait_until_attached(process_id: int, tracer: subprocess.Popen[bytes]) -> None:
@@ -92,6 +100,13 @@ def _wait_until_attached(process_id: int, tracer: subprocess.Popen[bytes]) -> No
         if all(tracer_of(task) for task in tasks_of(process_id)):
             return
         time.sleep(POLL_SECONDS)
+
+
+def end_tracers_of(process_id: int) -> None:
+    """On return nobody who watches the process keeps it from being gone."""
+    for tracer in {tracer_of(task) for task in tasks_of(process_id)} - {0}:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(tracer, signal.SIGKILL)
 
 
 def tasks_of(process_id: int) -> list[Path]:
