@@ -199,6 +199,7 @@ class StorageMedium:
     def wipe(self) -> None:
         """The disk is replaced by an empty one: cache loss."""
         self.files = {}
+        self.has_latent_errors = False
 
 
 class SimulatedDirectory:

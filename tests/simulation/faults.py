@@ -25,6 +25,7 @@ OPERATIONS_BEFORE_DEATH_MAX: Final = 12
 CUT_BYTES_MAX: Final = 2**20
 CLOCK_STEP_SECONDS: Final = (20.0, 3600.0, 10 * 365.25 * 86400.0)
 """A clock is set wrong by up to one of these, either way."""
+STALE_SECONDS_MAX: Final = 30.0
 DAYS_AWAY_MAX: Final = 14.0
 DAYS_AWAY_PROBABILITY: Final = 0.15
 TAMPERINGS_MAX: Final = 3
@@ -79,6 +80,7 @@ THEMES: Final = (
         "store-down",
         "cache-lost",
     ),
+    ("process-server-switched", "store-lists-stale", "cache-lost", "process-server-killed"),
     (
         "configuration-server-clock-stepped",
         "configuration-server-killed",
@@ -92,7 +94,8 @@ THEMES: Final = (
         "disk-not-still",
     ),
 )
-"""Kinds that get at one promise together: what is durable, what is dirty, who owns a disk, what time it is."""
+"""Kinds that get at one promise together: what is durable, what is dirty, who owns a disk, where an epoch ends, what
+time it is."""
 
 Fault = Callable[["World", Decision], None]
 
@@ -336,7 +339,7 @@ def _lose_replies_of_store(world: World, decision: Decision) -> None:
 
 
 def _make_lists_stale(world: World, decision: Decision) -> None:
-    world.store.stale_seconds = decision.share * decision.seconds
+    world.store.stale_seconds = decision.share * STALE_SECONDS_MAX
     _for_a_while(world, decision, lambda: setattr(world.store, "stale_seconds", 0.0))
 
 
