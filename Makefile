@@ -12,7 +12,7 @@ MINUTES ?= 5
 ROUNDS ?= 12
 PRODUCT := protocol storage runtime mobility_agent process_server config_server recovery farpoint deploy
 
-.PHONY: environment demo test lint audit simulate simulate-planted torture fuzz bench azurite bpf dist guest lock clean
+.PHONY: environment demo test lint audit simulate simulate-planted torture fuzz live live-guest bench azurite bpf dist guest lock clean
 
 environment: $(STAMP)
 
@@ -62,6 +62,10 @@ fuzz: $(STAMP)
 # Hunts for lost updates on live block devices (root, loop devices, BPF), and the planted faults that it must catch.
 live: $(STAMP)
 	@$(BIN)/python -m tests.live --rounds $(ROUNDS) $(ARGS)
+
+# The same programs in the kernel of Debian 12, in an emulated machine (qemu-system-x86, cpio; the kernel comes by apt-get download).
+live-guest: $(STAMP)
+	@$(BIN)/python -m tests.live.guest
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.line $(ARGS)
