@@ -144,6 +144,7 @@ class ConfigurationServer:
         self.revision = 1
         self.is_down = False
         self.is_held = False
+        self.has_moved_disks = False
         self.cut_off: set[str] = set()
         self.heard_ns: dict[ProcessServerId, int] = {}
         """When in truth a process server heard an answer last."""
@@ -179,6 +180,7 @@ class ConfigurationServer:
 
     def switch_process_server(self, *, continues_reported_epoch: bool) -> None:
         """The machine moves to the other process server. Until the old one hears of it, it goes on with what it has."""
+        self.has_moved_disks = True
         self.owner = next(one for one in self.process_servers if one is not self.owner)
         for record in self.disks.values():
             record.owner = self.owner

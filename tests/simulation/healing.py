@@ -54,6 +54,10 @@ class Healing:
         if any(host.state.has_latent_errors for host in world.process_servers):
             # why: who has lost what it kept for this, and cannot ask for it, cannot go on
             return
+        if world.server.has_moved_disks:
+            # why: an old owner may have closed an epoch and told nobody; only the server can grant around that, and how
+            # the real one will is not decided
+            return
         world.note_fault(decision.kind)
         world.server.is_down = True
         if decision.draw % 2:
