@@ -79,7 +79,8 @@ def play(image: GuestImage, package: Path, *, image_seconds: float) -> int:
     RUN.mkdir(mode=0o700)
     os.umask(0o077)
     started = time.monotonic()
-    story = Story(image, package, RUN)
+    # why a copy: dist/ may be made anew meanwhile
+    story = Story(image, Path(shutil.copy(package, RUN)), RUN)
     failure = ""
     try:
         asyncio.run(story.run())
