@@ -69,19 +69,20 @@ def _may_trace(capabilities: int) -> bool:
 def _can_pin(directory: Path) -> bool:
     """Whether the nearest part of the path that exists is of a BPF file system and may be written to."""
     place = directory
-    while not place.exists() and place != place.parent:
+    # why: os.path, because to be forbidden to look is an answer here, not an error.
+    while not os.path.exists(place) and place != place.parent:
         place = place.parent
     return _file_system_type(place) == "bpf" and os.access(place, os.W_OK | os.X_OK)
 
 
 def _file_system_type(place: Path) -> str:
     """Of the mount that a path is in."""
-    best, kind = "", ""
+    best, kind, place = "", "", place.resolve()
     for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
         fields, _, rest = line.partition(" - ")
         point = fields.split()[4].encode().decode("unicode_escape")
         # why: of two mounts at one place the later one is on top.
-        if len(point) >= len(best) and place.resolve().is_relative_to(point):
+        if len(point) >= len(best) and place.is_relative_to(point):
             best, kind = point, rest.split()[0]
     return kind
 

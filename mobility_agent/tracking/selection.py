@@ -5,6 +5,7 @@ Losing the better source demotes to the scan, never to nothing, unless the opera
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import structlog
@@ -61,7 +62,7 @@ class SourceSelection:
         return ScanSource(disk=disk, source=source, directory=directory, draw_random=draw_random, reason=reason)
 
     def forget(self, disk: DiskId) -> None:
-        if not self._directory.is_dir():
+        if not os.path.isdir(self._directory):
             return
         try:
             self._tracker.open()

@@ -47,6 +47,32 @@ def test_the_units_capabilities_are_enough(tmp_path: Path, pins: Path) -> None:
         assert done.stdout.strip() == "copy_in_validated", done.stderr
 
 
+LOOK = """
+import sys
+from pathlib import Path
+from mobility_agent.core.tracking_choice import WantedSource
+from mobility_agent.disk_reader import open_local_disk
+from mobility_agent.tracking.selection import SourceSelection
+
+selection = SourceSelection(WantedSource.AUTO, Path(sys.argv[2]))
+selection.forget("d" * 32)
+print(selection.choose(open_local_disk(sys.argv[1], None)).reason)
+"""
+
+
+def test_who_may_not_even_look_scans(tmp_path: Path, pins: Path) -> None:
+    """Somebody who is not root, and a BPF file system as root's alone as it usually is."""
+    need_tool("setpriv", "util-linux")
+    pins.parent.chmod(0o700)
+    with loop_device(tmp_path / "disk.img", size_bytes=4 * MIB) as device:
+        device.chmod(0o666)
+        somebody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--bounding-set", "-all"]
+        command = [*somebody, sys.executable, "-c", LOOK, str(device), str(pins)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "CAP_BPF" in done.stdout, done.stderr
+    assert "not in a BPF file system" in done.stdout
+
+
 @pytest.mark.parametrize("missing", ["bpf", "perfmon"])
 def test_none_of_those_for_tracking_is_too_many(tmp_path: Path, pins: Path, missing: str) -> None:
     need_tool("setpriv", "util-linux")
