@@ -116,10 +116,11 @@ class BitmapSource:
             raise ResyncNeeded(cause=self._lost_because)
         before = self._tracked.counters()
         misses_before = self._tracked.read_audit().missed_submissions
-        parity = self._tracked.swap()
         facts = self._tracked.facts
         if facts.is_unsettled:
             self._tracked.pending[:] |= self._tracked.unaudited
+        older = self._tracked.pending.copy()
+        parity = self._tracked.swap()
         facts.is_unsettled = 1
         self._tracked.write_facts()
         self._check_counters(before)
@@ -134,6 +135,7 @@ class BitmapSource:
             self._tracked,
             first_bytes=first_bytes,
             begin=_Begin(counters=before, missed_submissions=misses_before, was_quiet=was_quiet),
+            to_be_read=older | self._tracked.written,
         )
 
     def sent(self, sequence: int, receipts: Sequence[Receipt]) -> None:
@@ -256,7 +258,9 @@ class BitmapRound:
         *,
         first_bytes: int,
         begin: _Begin,
+        to_be_read: Bits,
     ) -> None:
+        """to_be_read: what of the pending blocks was perhaps not just discarded."""
         self.read_bytes = 0
         self._owner = owner
         self._source = source
@@ -265,6 +269,7 @@ class BitmapRound:
         self._layout = tracked.layout
         self._begin = begin
         self._wanted: Bits = tracked.pending.copy()
+        self._to_be_read = to_be_read
         self._windows = self._layout.marked_windows(self._wanted, first_bytes=first_bytes).tolist()
         self._next = 0
         self._compared_to_bytes = first_bytes
@@ -344,8 +349,9 @@ class BitmapRound:
         window = self._windows[self._next]
         first = window * WINDOW_BYTES
         length = min(WINDOW_BYTES, self._layout.size_bytes - first)
-        marked = self._layout.mask_of(self._wanted, window)
-        touched: Mask = numpy.any(marked.reshape(DIGEST_BLOCKS, -1), axis=1)
+        pending = self._layout.mask_of(self._wanted, window)
+        marked = pending & self._layout.mask_of(self._to_be_read, window)
+        touched = _per_digest_block(marked)
         for low, high in _ranges(touched):
             view = buffer[low * DIGEST_BLOCK_BYTES : min(high * DIGEST_BLOCK_BYTES, length)]
             self._source.read_into(first + low * DIGEST_BLOCK_BYTES, view)
@@ -358,8 +364,9 @@ class BitmapRound:
         known = self._digests.known(
             window * DIGEST_BLOCKS, min((window + 1) * DIGEST_BLOCKS, self._digests.block_count)
         )
-        changes: list[Change] = []
-        receipt = Receipt()
+        discarded = pending & ~marked
+        changes = self._discards(first, discarded)
+        receipt = Receipt(unknown=(numpy.flatnonzero(_per_digest_block(discarded)) + window * DIGEST_BLOCKS).tolist())
         unchanged = numpy.zeros_like(marked)
         for index in numpy.flatnonzero(touched).tolist():
             blocks = slice(index * self._layout.digest_blocks, (index + 1) * self._layout.digest_blocks)
@@ -372,13 +379,25 @@ class BitmapRound:
             changes += self._changes(view, first + index * DIGEST_BLOCK_BYTES, marked[blocks])
             if (newer[blocks] & ~marked[blocks]).any():
                 receipt.unknown.append(block)
-            else:
+            elif block not in receipt.unknown:
                 receipt.digests.append((block, digest))
         self._layout.clear(self._tracked.pending, window, unchanged)
-        changes = _joined(changes, buffer, first)
+        changes = _joined(sorted(changes, key=lambda change: change.offset_bytes), buffer, first)
         if changes:
-            receipt.sent.append((window, marked & ~unchanged))
+            receipt.sent.append((window, pending & ~unchanged))
         return _Finding(changes=changes, receipt=receipt, raw_bytes=sum(change.raw_bytes for change in changes))
+
+    def _discards(self, first_bytes: int, discarded: Mask) -> list[Change]:
+        """Nothing of them is read: what they hold is undefined until it is written."""
+        size, end = self._layout.block_bytes, self._layout.size_bytes - first_bytes
+        return [
+            Change(
+                offset_bytes=first_bytes + low * size,
+                length_bytes=min(high * size, end) - low * size,
+                kind=ChangeKind.DISCARDED,
+            )
+            for low, high in _ranges(discarded)
+        ]
 
     def _changes(self, view: memoryview, first_bytes: int, marked: Mask) -> list[Change]:
         """The marked parts of one digest block."""
@@ -424,6 +443,12 @@ def _ranges(mask: Mask) -> list[tuple[int, int]]:
     """[first, end) of the runs of True."""
     edges = numpy.flatnonzero(numpy.diff(numpy.concatenate(([False], mask, [False])).astype(numpy.int8)))
     return list(zip(edges[0::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def _per_digest_block(mask: Mask) -> Mask:
+    """Per digest block of a window whether any of its blocks is in the mask."""
+    found: Mask = numpy.any(mask.reshape(DIGEST_BLOCKS, -1), axis=1)
+    return found
 
 
 def _digest_block(block: int) -> tuple[int, int]:

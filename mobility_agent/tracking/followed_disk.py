@@ -38,10 +38,12 @@ _SECTORS_DISCARDED: Final = 13
 
 
 class Marks(enum.IntEnum):
-    """The two kinds of maps in use; the number is the programs' own."""
+    """The kinds of maps in use, in the order in which they are swapped; the number is the programs' own."""
 
     COMPLETION = 0
     SUBMISSION = 1
+    WRITTEN = 2
+    """What changed otherwise than by a discard, at submission and at completion. It is swapped last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +100,7 @@ class Facts:
 
 
 _FACTS: Final = struct.Struct(f"<8s{len(fields(Facts))}q")
-_FACTS_MAGIC: Final = b"FPTRACK1"
+_FACTS_MAGIC: Final = b"FPTRACK2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,12 +123,17 @@ class FollowedDisk:
         self.layout = BlockLayout(size_bytes=facts.size_bytes, block_bytes=facts.block_bytes)
         self._programs = programs
         self._maps: dict[str, _SharedMap] = {}
+        self.written: Bits
+        """After swap(): blocks that in the generation that ended, or shortly before or after it, were changed otherwise
+        than by a discard of all of them."""
         chunks = -(-self.layout.windows * self.layout.window_blocks // CHUNK_BLOCKS) + 1
         names = [_name(kind, parity) for kind in Marks for parity in (0, 1)] + ["pending", "unaudited"]
         try:
             for name in names:
                 self._maps[name] = _SharedMap(directory / name, chunks=chunks, is_new=is_new)
             self._maps["facts"] = _SharedMap(directory / "facts", chunks=1, is_new=is_new)
+            everything = numpy.full_like(self.pending, 0xFF)
+            self.written = self._written_last = everything
             if is_new:
                 self._maps[_name(Marks.SUBMISSION, 1)].header[0] = 1
                 self.write_facts()
@@ -184,6 +191,10 @@ class FollowedDisk:
         for kind in Marks:
             parity = self._parity_in_use(kind)
             self._use(kind, 1 - parity)
+            if kind is Marks.WRITTEN:
+                written = self._maps[_name(kind, parity)].bits.copy()
+                # why: what was written between the two last swaps is of this generation here and of the next there.
+                self.written, self._written_last = self._written_last | written, written
             self._retire(kind, parity)
         return ended
 
@@ -269,13 +280,14 @@ class FollowedDisk:
     def _retire(self, kind: Marks, parity: int) -> None:
         bits = self._maps[_name(kind, parity)].bits
         with _marked_words(bits) as (words, marked):
-            self.pending.view("<u8")[marked] |= words[marked]
+            if kind is not Marks.WRITTEN:
+                self.pending.view("<u8")[marked] |= words[marked]
             if kind is Marks.SUBMISSION:
                 self.unaudited.view("<u8")[marked] |= words[marked]
             words[marked] = 0
 
     def _place(self, kind: Marks) -> bytes:
-        return struct.pack("<I", 2 * self.facts.slot + kind)
+        return struct.pack("<I", len(Marks) * self.facts.slot + kind)
 
 
 class _SharedMap:

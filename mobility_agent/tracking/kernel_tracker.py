@@ -180,7 +180,7 @@ class KernelTracker:
         if facts is not None:
             bpf_calls.delete(self._descriptors["followed_disks"], _number_of(facts))
             for kind in Marks:
-                bpf_calls.delete(self._descriptors["marks_in_use"], struct.pack("<I", 2 * facts.slot + kind))
+                bpf_calls.delete(self._descriptors["marks_in_use"], struct.pack("<I", len(Marks) * facts.slot + kind))
         remove_pins(place)
 
 

@@ -15,6 +15,7 @@ from mobility_agent.tracking import bpf_calls
 from mobility_agent.tracking.change_source import Promise
 from mobility_agent.tracking.followed_disk import possible_processors
 from mobility_agent.tracking.kernel_tracker import remove_pins
+from protocol.vocabulary import ChangeKind
 from tests.live.block_devices import loop_device, mounted, run
 from tests.live.tracked import DISK, MIB, TrackedDisk
 
@@ -91,15 +92,67 @@ def test_a_mounted_file_system_settles_once_it_is_quiet(tracked: TrackedDisk, tm
     assert tracked.differing_blocks() == []
 
 
-@pytest.mark.parametrize("command", [["blkdiscard"], ["blkdiscard", "--zeroout"]])
-def test_what_was_discarded_or_zeroed_goes_out_without_a_byte(tracked: TrackedDisk, command: list[str]) -> None:
-    write(tracked.device, 0, os.urandom(8 * MIB))
+def settle(tracked: TrackedDisk) -> None:
+    """Until what was written lies two generations back: what is discarded before that is read."""
     tracked.round()
+    tracked.round()
+
+
+@pytest.mark.parametrize(
+    ("command", "kind", "read_bytes"),
+    [(["blkdiscard"], ChangeKind.DISCARDED, 0), (["blkdiscard", "--zeroout"], ChangeKind.ZEROES, 4 * MIB)],
+    ids=["discarded", "zeroed"],
+)
+def test_what_was_discarded_or_zeroed_goes_out_without_a_byte(
+    tracked: TrackedDisk, command: list[str], kind: ChangeKind, read_bytes: int
+) -> None:
+    write(tracked.device, 0, os.urandom(8 * MIB))
+    settle(tracked)
     run(*command, "--offset", 2 * MIB, "--length", 4 * MIB, tracked.device)
+    tracked.kinds.clear()
     told = tracked.round()
-    assert told.sent_bytes == 0
-    assert told.read_bytes == 4 * MIB
+    assert tracked.kinds == {kind}
+    assert (told.sent_bytes, told.read_bytes) == (0, read_bytes)
     assert tracked.copy[2 * MIB : 6 * MIB] == bytes(4 * MIB)
+    assert tracked.differing_blocks() == []
+
+
+def discard(device: Path, offset: int, length: int) -> None:
+    run("blkdiscard", "--offset", offset, "--length", length, device)
+
+
+def test_what_was_written_after_a_discard_is_read(tracked: TrackedDisk) -> None:
+    """Also before it: in which of both orders they came cannot be told from marks."""
+    for offset in (0, 2 * MIB):
+        write(tracked.device, offset, os.urandom(MIB))
+    settle(tracked)
+    discard(tracked.device, 0, MIB)
+    write(tracked.device, BLOCK, os.urandom(BLOCK))
+    write(tracked.device, 2 * MIB, os.urandom(BLOCK))
+    discard(tracked.device, 2 * MIB, MIB)
+    told = tracked.round()
+    assert told.sent_bytes == BLOCK
+    assert tracked.differing_blocks() == []
+    write(tracked.device, 8 * BLOCK, os.urandom(BLOCK))
+    assert tracked.round().sent_bytes == BLOCK
+    assert tracked.differing_blocks() == []
+
+
+def test_a_discard_of_a_part_of_a_block_leaves_its_rest(tracked: TrackedDisk) -> None:
+    write(tracked.device, 0, os.urandom(MIB))
+    settle(tracked)
+    discard(tracked.device, 512, 3 * BLOCK)
+    tracked.round()
+    assert tracked.differing_blocks() == []
+    assert tracked.copy[:512] != bytes(512)
+
+
+def test_an_unsent_write_under_a_discard_is_read(tracked: TrackedDisk) -> None:
+    """It may have been acknowledged to nobody yet, and what a discard leaves is not certain."""
+    write(tracked.device, 0, os.urandom(MIB))
+    tracked.source.begin_round(first_bytes=0)
+    discard(tracked.device, 0, MIB)
+    assert tracked.round().read_bytes == MIB
     assert tracked.differing_blocks() == []
 
 

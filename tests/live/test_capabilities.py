@@ -65,10 +65,14 @@ def test_who_may_not_even_look_scans(tmp_path: Path, pins: Path) -> None:
     need_tool("setpriv", "util-linux")
     pins.parent.chmod(0o700)
     with loop_device(tmp_path / "disk.img", size_bytes=4 * MIB) as device:
+        mode = device.stat().st_mode
         device.chmod(0o666)
         somebody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--bounding-set", "-all"]
         command = [*somebody, sys.executable, "-c", LOOK, str(device), str(pins)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        finally:
+            device.chmod(mode)
     assert "CAP_BPF" in done.stdout, done.stderr
     assert "not in a BPF file system" in done.stdout
 

@@ -34,6 +34,7 @@ class TrackedDisk:
     def __init__(self, device: Path, state: Path, pins: Path) -> None:
         self.device = device
         self.copy = bytearray()
+        self.kinds: set[ChangeKind] = set()
         self.sequence = 0
         self.epoch = 0
         self._state = state
@@ -122,6 +123,7 @@ class TrackedDisk:
         at = 0
         for row in frame.packed.table:
             offset, length = int(row["offset"]), int(row["length"])
+            self.kinds.add(ChangeKind(row["kind"]))
             if row["kind"] == ChangeKind.DATA:
                 self.copy[offset : offset + length] = payload[at : at + length]
                 at += length

@@ -92,10 +92,15 @@ struct marks {
 	MAP_UINT(value_size, sizeof(struct chunk));
 };
 
-/* [2 * slot] is marked at completion, [2 * slot + 1] at submission. */
+/* Of each slot: what changed, marked at completion; the same, marked at submission; what certainly or perhaps changed
+ * otherwise than by a discard, marked at both times. */
+#define AT_COMPLETION 0
+#define AT_SUBMISSION 1
+#define WRITTEN 2
+#define MARKS_PER_DISK 3
 struct {
 	MAP_UINT(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	MAP_UINT(max_entries, 2 * DISKS_MAX);
+	MAP_UINT(max_entries, MARKS_PER_DISK * DISKS_MAX);
 	MAP_UINT(key_size, 4);
 	typeof(struct marks) *values[];
 } marks_in_use SEC(".maps");
@@ -147,9 +152,9 @@ static long mark_word(u32 index, struct marking *marking)
 	return 0;
 }
 
-INLINE void mark(struct followed *disk, u32 at_submission, u64 sector, u32 bytes, struct counters *counters)
+INLINE void mark(struct followed *disk, u32 kind, u64 sector, u32 bytes, struct counters *counters)
 {
-	u32 slot = 2 * disk->slot + at_submission;
+	u32 slot = MARKS_PER_DISK * disk->slot + kind;
 	struct marking marking = {};
 
 	if (!bytes)
@@ -168,6 +173,22 @@ INLINE void mark(struct followed *disk, u32 at_submission, u64 sector, u32 bytes
 		bpf_loop(LOOPS_MAX, mark_word, &marking, 0);
 	if (marking.failed || marking.block < marking.end)
 		COUNT(counters->beyond_end, 1);
+}
+
+/* A block of which a discard covers only a part is one that was written: the rest of it counts. */
+INLINE void mark_change(struct followed *disk, u32 kind, u64 sector, u32 bytes, int discards, struct counters *counters)
+{
+	u64 end = sector + ((bytes + 511) >> 9), within = (1ULL << disk->block_shift) - 1;
+
+	mark(disk, kind, sector, bytes, counters);
+	if (!discards) {
+		mark(disk, WRITTEN, sector, bytes, counters);
+		return;
+	}
+	if (sector & within)
+		mark(disk, WRITTEN, sector, 512, counters);
+	if (end & within)
+		mark(disk, WRITTEN, end - 1, 512, counters);
 }
 
 INLINE void end_flight(u32 number)
@@ -245,7 +266,7 @@ SEC("tp_btf/block_bio_queue") int mark_submitted(u64 *context)
 		COUNT(counters->discards, 1);
 	if (operation == OPERATION(REQ_OP_WRITE_ZEROES))
 		COUNT(counters->zeroings, 1);
-	slot = 2 * disk->slot + 1;
+	slot = MARKS_PER_DISK * disk->slot + AT_SUBMISSION;
 	marks = bpf_map_lookup_elem(&marks_in_use, &slot);
 	if (!marks)
 		return 0;
@@ -254,7 +275,7 @@ SEC("tp_btf/block_bio_queue") int mark_submitted(u64 *context)
 		return 0;
 	change.flight = 2 * disk->slot + (chunk->words[0] & 1);
 	begin_flight((u64)bio, &change, counters);
-	mark(disk, 1, change.sector, change.bytes, counters);
+	mark_change(disk, AT_SUBMISSION, change.sector, change.bytes, is_discard(operation), counters);
 	return 0;
 }
 
@@ -311,7 +332,7 @@ static long walk_bio(u32 index, struct walk *walk)
 	READ_FIELD(sector, bio, bi_iter.bi_sector);
 	READ_FIELD(next, bio, bi_next);
 	if (walk->is_discard)
-		mark(walk->disk, 0, sector, bytes, walk->counters);
+		mark_change(walk->disk, AT_COMPLETION, sector, bytes, 1, walk->counters);
 	if (bytes > walk->bytes)
 		return 1; /* the request completes in parts, and this one ends within the bio */
 	if (!finish((u64)bio) && walk->counts)
@@ -345,7 +366,7 @@ INLINE int request_completed(u64 *context, u32 copy)
 	COUNT(walk.counters->completed_sectors[copy], bytes >> 9);
 	walk.is_discard = is_discard(operation);
 	if (!walk.is_discard)
-		mark(walk.disk, 0, request->__sector, bytes, walk.counters);
+		mark_change(walk.disk, AT_COMPLETION, request->__sector, bytes, 0, walk.counters);
 	walk.bio = (u64)request->bio;
 	walk.bytes = bytes;
 	walk.counts = !copy;
@@ -362,9 +383,9 @@ INLINE int bio_completed(u64 *context, u32 copy)
 	struct counters *counters;
 	struct followed *disk;
 	struct change *change;
-	u32 bytes;
+	u32 bytes, operation = bio->bi_opf & 0xff;
 
-	if (!is_change(bio->bi_opf & 0xff))
+	if (!is_change(operation))
 		return 0;
 	disk = follow(bio->bi_bdev->bd_disk->part0->bd_dev, &counters);
 	if (!disk)
@@ -382,7 +403,7 @@ INLINE int bio_completed(u64 *context, u32 copy)
 		COUNT(counters->completed_sectors[0], bytes >> 9);
 		COUNT(counters->completed_sectors[1], bytes >> 9);
 	}
-	mark(disk, 0, sector, bytes, counters);
+	mark_change(disk, AT_COMPLETION, sector, bytes, is_discard(operation), counters);
 	if (!finish(key) && bytes && !copy)
 		COUNT(counters->foreign, 1);
 	return 0;
