@@ -120,12 +120,13 @@ class BitmapSource:
         if facts.is_unsettled:
             self._tracked.pending[:] |= self._tracked.unaudited
         older = self._tracked.pending.copy()
+        is_older_quiet = self._tracked.wait_for_older(seconds_max=QUIET_SECONDS_MAX)
         parity = self._tracked.swap()
         facts.is_unsettled = 1
         self._tracked.write_facts()
         self._check_counters(before)
         self._audit()
-        was_quiet = self._tracked.wait_until_quiet(parity, seconds_max=QUIET_SECONDS_MAX)
+        was_quiet = is_older_quiet and self._tracked.wait_until_quiet(parity, seconds_max=QUIET_SECONDS_MAX)
         if not was_quiet:
             self._give_up_leaks()
         return BitmapRound(

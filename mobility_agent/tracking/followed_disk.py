@@ -214,6 +214,11 @@ class FollowedDisk:
             time.sleep(QUIET_POLL_SECONDS)
         return True
 
+    def wait_for_older(self, *, seconds_max: float) -> bool:
+        """Before swap(): whether all generations before the one in use became quiet in time. After it, what of them is
+        still in flight cannot be told from the changes of the generation that begins: they share its parity."""
+        return self.wait_until_quiet(1 - self._parity_in_use(Marks.SUBMISSION), seconds_max=seconds_max)
+
     def changes_in_flight(self) -> dict[bytes, tuple[int, int, int]]:
         """By their key: (sector, bytes, flight). As of about now."""
         found = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import errno
 import os
 import struct
 import subprocess
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mobility_agent.errors import DiskResized, ResyncNeeded
-from mobility_agent.tracking import bpf_calls
+from mobility_agent.tracking import bitmap, bpf_calls
 from mobility_agent.tracking.change_source import Promise
 from mobility_agent.tracking.followed_disk import possible_processors
 from mobility_agent.tracking.kernel_tracker import remove_pins
@@ -290,9 +292,29 @@ def test_newer_programs_take_over_without_a_gap(tracked: TrackedDisk) -> None:
 
 
 def detach(tracked: TrackedDisk, *programs: str) -> None:
+    """Returns when none of them is run any more: the kernel lets go of a link only a while after its name is gone."""
     (place,) = tracked._pins.glob("programs_*")
     for program in programs:
+        link = bpf_calls.get_pinned(str(place / f"link_{program}"))
+        identifier = struct.unpack_from("<I", bpf_calls._info(link), 4)[0]
         (place / f"link_{program}").unlink()
+        os.close(link)
+        while is_link_known(identifier):
+            pass
+    tracked.source._tracked.put_in_use()  # waits for whoever was running
+
+
+class MoreCommands(enum.IntEnum):
+    LINK_BY_IDENTIFIER = 30
+
+
+def is_link_known(identifier: int) -> bool:
+    try:
+        descriptor, _ = bpf_calls.call(MoreCommands.LINK_BY_IDENTIFIER, struct.pack("<I", identifier))  # type: ignore[arg-type]
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    os.close(descriptor)
+    return True
 
 
 COMPLETION = ("mark_request", "mark_request_again", "mark_bio", "mark_bio_again")
@@ -305,6 +327,32 @@ def test_completions_that_nobody_saw_are_noticed_and_read_again(tracked: Tracked
     assert told.end.promise is Promise.COPY_IN_FUZZY
     assert tracked.source.alarms == 1
     assert tracked.differing_blocks() == []
+
+
+def attach(tracked: TrackedDisk, *programs: str) -> None:
+    (place,) = tracked._pins.glob("programs_*")
+    for program in programs:
+        link = bpf_calls.attach_traced(tracked.tracker._descriptors[f"program_{program}"])
+        bpf_calls.pin(link, str(place / f"link_{program}"))
+        os.close(link)
+
+
+def test_a_write_whose_end_nobody_saw_is_read_each_round_until_it_is_given_up(
+    tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detach(tracked, *COMPLETION)
+    write(tracked.device, MIB, os.urandom(BLOCK))
+    attach(tracked, *COMPLETION)
+    for _ in range(3):
+        told = tracked.round()
+        assert told.end.promise is Promise.COPY_IN_FUZZY
+        assert told.read_bytes == 16 * BLOCK, "it may have landed since it was read"
+    assert tracked.differing_blocks() == []
+    monkeypatch.setattr(bitmap, "LEAK_SECONDS", -1.0)
+    assert tracked.round().read_bytes == 16 * BLOCK
+    assert tracked.source._tracked.changes_in_flight() == {}
+    assert tracked.round().end.promise is Promise.COPY_IN_VALIDATED
+    assert tracked.round().read_bytes == 0
 
 
 def test_writes_that_nobody_saw_at_all_make_everything_be_compared(tracked: TrackedDisk) -> None:
