@@ -6,6 +6,7 @@ come to lead elsewhere, or the size has changed.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -34,6 +35,9 @@ from protocol.vocabulary import DISK_SIZE_BYTES_MAX
 IMAGE_SECTOR_BYTES: Final[SectorBytes] = 512
 _BLKGETSIZE64: Final = 0x80081272
 _BLKSSZGET: Final = 0x1268
+_WRITE_AND_WAIT: Final = 7
+"""SYNC_FILE_RANGE_WAIT_BEFORE | WRITE | WAIT_AFTER"""
+_library = ctypes.CDLL(None)
 _GONE: Final = (errno.ENXIO, errno.ENODEV, errno.ENOENT)
 
 
@@ -101,6 +105,12 @@ class LocalDisk:
             if not count:
                 raise DiskResized(path=self.path, expected_bytes=self._size_bytes, found_bytes=offset_bytes + done)
             done += count
+
+    def write_back(self) -> None:
+        """What file systems have changed of their metadata on this block device, and not written yet, goes to it now,
+        as the reads of those blocks would make it go."""
+        # why: an error here is one that somebody else's write met, and is told to them; what cannot be read, reads tell.
+        _library.sync_file_range(self._descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _WRITE_AND_WAIT)
 
     def data_ranges(self, first_bytes: int, end_bytes: int) -> Iterator[tuple[int, int]]:
         if self._is_block:

@@ -22,6 +22,7 @@ from mobility_agent.core.change_sets import Change, FramePacker
 from mobility_agent.core.dirty_map import SentRecord
 from mobility_agent.core.extent_set import ExtentSet
 from mobility_agent.core.write_audit import AuditBase, AuditFinding, RoundObservation, judge_audit, why_not_still
+from mobility_agent.disk_reader import LocalDisk
 from mobility_agent.errors import ResyncNeeded
 from mobility_agent.ports import DrawRandom, SourceDisk
 from mobility_agent.tracking.block_bits import WINDOW_BYTES, Bits, Mask
@@ -80,7 +81,7 @@ class BitmapSource:
         self,
         *,
         disk: DiskId,
-        source: SourceDisk,
+        source: LocalDisk,
         directory: DurableDirectory,
         draw_random: DrawRandom,
         follow: Callable[[], tuple[FollowedDisk, str]],
@@ -116,6 +117,9 @@ class BitmapSource:
             raise ResyncNeeded(cause=self._lost_because)
         before = self._tracked.counters()
         misses_before = self._tracked.read_audit().missed_submissions
+        # why: a read past the page cache writes back what is dirty there; before the swap that disturbs no round. Where
+        # the agent's own state is on the disk, some of it is dirty again after every round.
+        self._source.write_back()
         facts = self._tracked.facts
         if facts.is_unsettled:
             self._tracked.pending[:] |= self._tracked.unaudited
