@@ -109,7 +109,7 @@ class LocalDisk:
     def write_back(self) -> None:
         """What file systems have changed of their metadata on this block device, and not written yet, goes to it now,
         as the reads of those blocks would make it go."""
-        # why: an error here is one that somebody else's write met, and is told to them; what cannot be read, reads tell.
+        # why: an error here is one that another's write met, and is told to them; what cannot be read, reads tell.
         _library.sync_file_range(self._descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _WRITE_AND_WAIT)
 
     def data_ranges(self, first_bytes: int, end_bytes: int) -> Iterator[tuple[int, int]]:
