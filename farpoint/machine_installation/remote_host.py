@@ -225,6 +225,9 @@ class _translated:  # noqa: N801
         return
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ExceptionGroup) and error.split((asyncssh.Error, ConnectionError))[1] is None:
+            # why: a script's two streams are read in a TaskGroup; one connection lost is an error of each
+            error = error.exceptions[0]
         if isinstance(error, asyncssh.SFTPError | asyncssh.ChannelOpenError):
             raise RemoteCommandFailed(host=self._host, step=self._step, status=error.code, text=error.reason) from error
         if isinstance(error, asyncssh.Error | ConnectionError):

@@ -5,11 +5,15 @@ tests/deploy has the rest, against a real sshd.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import io
 import tarfile
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import cast
 
 import asyncssh
 import pytest
@@ -18,8 +22,17 @@ from click.testing import CliRunner, Result
 
 from farpoint.__main__ import main
 from farpoint.machine_installation.agent_package import AgentPackage, find_package
-from farpoint.machine_installation.errors import HostUnfit, PackageInvalid, PackageMissing, RootNeeded
+from farpoint.machine_installation.errors import (
+    HostConnectionLost,
+    HostUnfit,
+    PackageInvalid,
+    PackageMissing,
+    RootNeeded,
+)
+from farpoint.machine_installation.installation import Site, install_on_all
+from farpoint.machine_installation.remote_host import Access, connected
 from farpoint.machine_installation.target import SPARE_BYTES, Target, check_target, parse_probe
+from protocol.transport.control_client import OperatorClient
 from runtime.exit_codes import ExitCode
 
 CONTROL = (
@@ -211,3 +224,68 @@ def test_files_that_are_missing_or_wrong_have_their_exit_codes(tmp_path: Path) -
     assert exit_code("--known-hosts", tmp_path / "none") == ExitCode.USAGE
     assert exit_code("--package", tmp_path / "none") == ExitCode.NOT_FOUND
     assert exit_code("--package", key) == ExitCode.USAGE
+
+
+class OpenToEverybody(asyncssh.SSHServer):
+    def begin_auth(self, username: str) -> bool:
+        return False
+
+
+Answer = Callable[[asyncssh.SSHServerProcess[str]], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def host_with(answer: Answer, *, address: str = "127.0.0.1") -> AsyncIterator[Access]:
+    """An SSH server on loopback; `answer` is what becomes of each script."""
+    key = asyncssh.generate_private_key("ssh-ed25519")
+    async with await asyncssh.listen(
+        address, 0, server_factory=OpenToEverybody, server_host_keys=[key], process_factory=answer
+    ) as server:
+        yield Access(
+            user="somebody",
+            port=server.get_port(),
+            keys=(key,),
+            known_hosts=asyncssh.import_known_hosts(""),
+            fingerprint=key.get_fingerprint(),
+        )
+
+
+def site_of(access: Access, *, tell: Callable[[str], None], operator: object = None) -> Site:
+    return Site(
+        access=access,
+        package=PACKAGE,
+        operator=cast(OperatorClient, operator),
+        machines_url="https://server",
+        tell=tell,
+    )
+
+
+async def lose_connection(process: asyncssh.SSHServerProcess[str]) -> None:
+    await process.stdin.read()
+    process.get_extra_info("connection").abort()
+
+
+async def test_a_connection_that_is_lost_in_a_script_is_told_as_that() -> None:
+    async with host_with(lose_connection) as access, connected("127.0.0.1", access) as host:
+        with pytest.raises(HostConnectionLost, match="`check`"):
+            await host.run("true", step="check", seconds=60)
+
+
+async def test_a_connection_that_is_lost_ends_no_other_hosts_way() -> None:
+    is_told = asyncio.Event()
+
+    def tell(text: str) -> None:
+        if text == "127.0.0.1: failed":
+            is_told.set()
+
+    async def answer(process: asyncssh.SSHServerProcess[str]) -> None:
+        if process.get_extra_info("sockname")[0] == "127.0.0.1":
+            await lose_connection(process)
+            return
+        await is_told.wait()
+        process.exit(0)
+
+    async with host_with(answer, address="0.0.0.0") as access:
+        async with asyncio.timeout(60):
+            reports = await install_on_all(["127.0.0.1", "127.0.0.2"], site_of(access, tell=tell), at_once=2)
+    assert [type(report.error) for report in reports] == [HostConnectionLost, HostUnfit]
