@@ -21,6 +21,7 @@ from farpoint.machine_installation.target import INSTALLED, PROBE, Target, check
 from protocol.control_errors import AnswerMalformed
 from protocol.enrollment import IDENTITY_FILE, EnrolledIdentity
 from protocol.errors import InvalidValue, ReplicationError
+from protocol.join_token import JoinToken
 from protocol.operator_messages import JoinTokenRequest, MachineStatus
 from protocol.transport.control_client import OperatorClient
 from protocol.vocabulary import Role, check_identifier
@@ -183,7 +184,7 @@ class HostInstallation:
                 done(f"{package.version}" + (f" after {target.package_version}" if was_there else ""))
 
     async def _enroll(self, host: RemoteHost) -> None:
-        """Raises EnrolledElsewhere, and what making a token raises."""
+        """Raises EnrolledElsewhere, JoinTokenMalformed, and what making a token raises."""
         with self._step("enroll") as done:
             held = await self._as_root(host, _IDENTITY, step="enroll", seconds=ENROLL_SECONDS_MAX)
             if held.strip():
@@ -196,7 +197,9 @@ class HostInstallation:
                 return
             request = JoinTokenRequest(role=Role.AGENT, lifetime_seconds=TOKEN_SECONDS)
             created = await self._site.operator.create_token(request)
-            script = _ENROLL.format(server=quoted(self._site.machines_url), token=created.token)
+            # why: root's sh reads it there, and what the server answers is anything until it is parsed
+            token = JoinToken.parse(created.token).format()
+            script = _ENROLL.format(server=quoted(self._site.machines_url), token=token)
             said = await self._as_root(host, script, step="enroll", seconds=ENROLL_SECONDS_MAX)
             self._machine = _machine_of(said, self._name)
             self._changed()

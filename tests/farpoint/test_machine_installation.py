@@ -31,7 +31,9 @@ from farpoint.machine_installation.errors import (
 )
 from farpoint.machine_installation.installation import Site, install_on_all
 from farpoint.machine_installation.remote_host import Access, connected
-from farpoint.machine_installation.target import SPARE_BYTES, Target, check_target, parse_probe
+from farpoint.machine_installation.target import PROBE, SPARE_BYTES, Target, check_target, parse_probe
+from protocol.control_errors import JoinTokenMalformed
+from protocol.operator_messages import JoinTokenCreated, JoinTokenRequest, MachineList
 from protocol.transport.control_client import OperatorClient
 from runtime.exit_codes import ExitCode
 
@@ -289,3 +291,31 @@ async def test_a_connection_that_is_lost_ends_no_other_hosts_way() -> None:
         async with asyncio.timeout(60):
             reports = await install_on_all(["127.0.0.1", "127.0.0.2"], site_of(access, tell=tell), at_once=2)
     assert [type(report.error) for report in reports] == [HostConnectionLost, HostUnfit]
+
+
+class HostileServer:
+    """A configuration server in the place of an OperatorClient, whose join token is a script."""
+
+    async def machines(self) -> MachineList:
+        return MachineList(machines=(), now_ns=1)
+
+    async def create_token(self, request: JoinTokenRequest) -> JoinTokenCreated:
+        return JoinTokenCreated(token="x\nTOKEN\nid >/tmp/owned\n", role=request.role, expires_at_ns=1)
+
+
+async def test_a_join_token_that_is_a_script_never_gets_to_the_machine() -> None:
+    scripts: list[str] = []
+
+    async def answer(process: asyncssh.SSHServerProcess[str]) -> None:
+        script = await process.stdin.read()
+        scripts.append(script)
+        if PROBE in script:
+            process.stdout.write(FIT.replace("package=", f"package=installed {PACKAGE.version}"))
+        process.exit(0)
+
+    async with host_with(answer) as access:
+        site = site_of(access, tell=lambda text: None, operator=HostileServer())
+        (report,) = await install_on_all(["127.0.0.1"], site, at_once=1)
+    assert isinstance(report.error, JoinTokenMalformed)
+    assert [PROBE in script for script in scripts] == [True, False], "asked for its identity, and then nothing more"
+    assert not any("owned" in script or "TOKEN" in script for script in scripts)
