@@ -1,7 +1,8 @@
 """What all command lines share: typed errors with their hints on stderr, the documented exit codes, `-o`,
 `config show|check`.
 
-Invariant: an expected error never shows a traceback unless `--debug` asks for it; an unexpected one always does.
+Invariants: an expected error never shows a traceback unless `--debug` asks for it; an unexpected one always does.
+Nothing but data goes to stdout: logs go to stderr.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import click
 
 from protocol.errors import ReplicationError
 from runtime.exit_codes import ExitCode, exit_code_of, expected_errors, is_expected
+from runtime.logs import LogSettings, configure_logs
 from runtime.output import Output, notice
 from runtime.process_memory import forbid_memory_dumps
 from runtime.settings import Loaded, Settings, load, parse_assignments, values_of
@@ -46,6 +48,8 @@ class ProgramGroup(click.Group):
 
     def _run(self, arguments: list[str], prog_name: str | None, options: dict[str, Any]) -> int:
         forbid_memory_dumps()
+        # why: structlog's own default is stdout, where data goes; a command that runs a service configures again
+        configure_logs(LogSettings(level="warning"), program=prog_name or Path(sys.argv[0]).stem, is_final=False)
         debug = "--debug" in arguments
         try:
             result = super().main(arguments, prog_name, standalone_mode=False, **options)

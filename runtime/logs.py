@@ -36,8 +36,13 @@ class LogSettings(BaseModel):
     """auto: console on a terminal, else json."""
 
 
-def configure_logs(settings: LogSettings | None = None, *, program: str, stream: TextIO | None = None) -> None:
-    """Sends all logs of this process to `stream` (stderr), each with the program's name. Called once, in `__main__`."""
+def configure_logs(
+    settings: LogSettings | None = None, *, program: str, stream: TextIO | None = None, is_final: bool = True
+) -> None:
+    """Sends all logs of this process to `stream` (stderr), each with the program's name.
+
+    is_final: loggers keep it from their first use on, which is quicker. Until then a later call counts for all.
+    """
     settings = settings or LogSettings()
     stream = stream or sys.stderr
     level = getattr(logging, settings.level.upper())
@@ -50,7 +55,7 @@ def configure_logs(settings: LogSettings | None = None, *, program: str, stream:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.stdlib.LoggerFactory(),
-        cache_logger_on_first_use=True,
+        cache_logger_on_first_use=is_final,
     )
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(program=program)

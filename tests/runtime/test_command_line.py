@@ -152,6 +152,32 @@ def test_json_on_stdout_is_one_document_with_whole_records() -> None:
     assert json.loads(invoke("empty", "-o", "json").stdout) == []
 
 
+def test_a_warning_in_a_command_does_not_get_into_its_json(tmp_path: Path) -> None:
+    code = """
+import click, sys
+from runtime.command_line import ProgramGroup, output_option
+from runtime.secrets import read_secret
+@click.group(cls=ProgramGroup)
+def program(): pass
+@program.command()
+@click.argument("path")
+@output_option
+def show(path, output):
+    output.record({"secret": read_secret(path).decode()})
+program(sys.argv[1:], "example")
+"""
+    path = tmp_path / "key"
+    path.write_text("for all")
+    path.chmod(0o644)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "show", str(path), "-o", "json"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == {"secret": "for all"}
+    told = json.loads(done.stderr)
+    assert "everybody on this machine can read" in told["event"]
+    assert (told["level"], told["path"], told["program"]) == ("warning", str(path), "example")
+
+
 def test_a_table_folds_no_identifier_and_reads_no_markup_in_data() -> None:
     lines = invoke("list").stdout.splitlines()
     assert lines[0].split() == ["Disk", "Path", "Lag", "(s)"]

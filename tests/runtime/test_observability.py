@@ -176,6 +176,18 @@ def test_the_level_holds_and_exceptions_keep_their_traceback() -> None:
 
 
 @pytest.mark.usefixtures("restored_logs")
+def test_loggers_in_use_follow_from_a_first_configuration_to_the_final_one() -> None:
+    first = io.StringIO()
+    configure_logs(LogSettings(level="warning"), program="example", stream=first, is_final=False)
+    log = structlog.get_logger("a.module")
+    log.warning("before")
+    final = configured(level="info")
+    log.info("after")
+    assert json.loads(first.getvalue())["event"] == "before"
+    assert json.loads(final.getvalue())["event"] == "after"
+
+
+@pytest.mark.usefixtures("restored_logs")
 def test_nothing_secret_is_logged() -> None:
     stream = configured()
     structlog.get_logger("a.module").info(
