@@ -48,6 +48,8 @@ class DiskAbilities:
     """Persistent memory: its file systems write past the block layer."""
     is_multipath_head: bool = False
     """Its writes complete as another device's."""
+    is_zoned: bool = False
+    """Resets of its zones change data and name no length."""
     counts_io: bool = True
     """queue/iostats"""
 
@@ -85,6 +87,7 @@ def _obstacles_of_disk(disk: DiskAbilities) -> list[str]:
         (disk.is_partition, "it is a partition: protect the whole disk"),
         (disk.is_direct_access, "its file systems write past the block layer (DAX)"),
         (disk.is_multipath_head, "its writes complete on other devices (NVMe multipath)"),
+        (disk.is_zoned, "it is zoned: resets of zones are not seen"),
         (not disk.counts_io, "the kernel does not count what is written to it (set queue/iostats to 1)"),
     )
     return [reason for is_met, reason in checks if is_met]

@@ -80,6 +80,12 @@ class RoundObservation:
     missed_submissions: int
     """Runs of the submission program that an interrupt kept from happening."""
     failed_writes: int
+    pass_through: int
+    """Commands that went past the block layer's addresses."""
+    beyond_end: int
+    """Writes behind the end of the disk as it was."""
+    never_completed: int
+    """Submissions whose completion nobody saw."""
     is_audit_clean: bool
 
 
@@ -95,6 +101,9 @@ def why_not_still(seen: RoundObservation) -> str:
         (seen.untracked_submissions > 0, "more writes were under way at once than tracking has room for"),
         (seen.missed_submissions > 0, "a submission was not seen"),
         (seen.failed_writes > 0, "a write failed"),
+        (seen.pass_through > 0, "a command went to the disk past the block layer's addresses"),
+        (seen.beyond_end > 0, "a write went behind the end of the disk as it was"),
+        (seen.never_completed > 0, "a write was never seen completing"),
         (not seen.is_audit_clean, "completions were missed; their blocks are read again"),
     )
     return next((reason for is_met, reason in checks if is_met), "")

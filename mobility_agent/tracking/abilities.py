@@ -38,6 +38,7 @@ def disk_abilities(device: int | None) -> DiskAbilities:
         is_partition=(place / "partition").exists(),
         is_direct_access=_reads(place / "queue" / "dax") == "1",
         is_multipath_head="/nvme-subsystem/" in os.path.realpath(place),
+        is_zoned=_reads(place / "queue" / "zoned") not in ("", "none"),
         counts_io=_reads(place / "queue" / "iostats") != "0",
     )
 

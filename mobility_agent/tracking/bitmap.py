@@ -10,6 +10,7 @@ meanwhile.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -94,6 +95,8 @@ class BitmapSource:
         self._tracked, self._began_because = follow()
         self._lost_because = ""
         self._suspects: dict[tuple[bytes, tuple[int, int, int]], float] = {}
+        self._pending_lock = threading.Lock()
+        """What was sent leaves what is pending in one thread while another may be marking."""
 
     @property
     def alarms(self) -> int:
@@ -149,8 +152,11 @@ class BitmapSource:
             if receipt.unknown:
                 digests.forget(ExtentSet.of(map(_digest_block, receipt.unknown)))
             digests.write(sequence, receipt.digests)
-            for window, mask in receipt.sent:
-                self._tracked.layout.clear(self._tracked.pending, window, mask)
+            with self._pending_lock:
+                # why: when track is lost everything is pending, also what frames that are still on their way carry
+                if not self._lost_because:
+                    for window, mask in receipt.sent:
+                        self._tracked.layout.clear(self._tracked.pending, window, mask)
 
     def forget(self, extents: ExtentSet) -> None:
         self._tracked.layout.mark(self._tracked.pending, extents)
@@ -193,14 +199,14 @@ class BitmapSource:
             (now.pass_through > facts.pass_through, "a command went to the disk past the block layer's addresses"),
             (now.beyond_end > facts.beyond_end, "a write went behind the end of the disk as it was"),
         )
+        lost = next((cause for has_happened, cause in causes if has_happened), "")
+        self._mark_again(is_all=bool(lost), because=lost, is_needed=now.never_completed > facts.never_completed)
+        # why: marked before what was concluded is kept: whoever is killed in between concludes it again
         facts.pass_through, facts.beyond_end = now.pass_through, now.beyond_end
-        if now.never_completed > facts.never_completed:
-            facts.never_completed = now.never_completed
-            self._tracked.pending[:] |= self._tracked.unaudited
+        facts.never_completed = now.never_completed
         self._tracked.write_facts()
-        for has_happened, cause in causes:
-            if has_happened:
-                self._lose_track(cause)
+        if lost:
+            raise ResyncNeeded(cause=lost)
 
     def _audit(self) -> AuditFinding:
         facts = self._tracked.facts
@@ -214,11 +220,13 @@ class BitmapSource:
             return finding
         self._alarms += 1
         log.warning("completions were missed", disk=self._disk, finding=finding.value)
+        is_lost = finding is AuditFinding.LOST_TRACK
+        cause = "writes were missed when they were submitted and when they completed"
+        self._mark_again(is_all=is_lost, because=cause if is_lost else "", is_needed=True)
         facts.audit_base = base
-        self._tracked.pending[:] |= self._tracked.unaudited
         self._tracked.write_facts()
-        if finding is AuditFinding.LOST_TRACK:
-            self._lose_track("writes were missed when they were submitted and when they completed")
+        if is_lost:
+            raise ResyncNeeded(cause=cause)
         return finding
 
     def _wait_until_idle(self) -> None:
@@ -239,10 +247,14 @@ class BitmapSource:
                 log.warning("a completion was missed", disk=self._disk, sector=change[0], bytes=change[1])
                 self._tracked.forgive(key, change[2])
 
-    def _lose_track(self, cause: str) -> None:
-        self._tracked.layout.mark_all(self._tracked.pending)
-        self._lost_because = cause
-        raise ResyncNeeded(cause=cause)
+    def _mark_again(self, *, is_all: bool, because: str, is_needed: bool) -> None:
+        """Makes pending again what may have been read too early; everything, if track is lost."""
+        with self._pending_lock:
+            if is_all:
+                self._lost_because = because
+                self._tracked.layout.mark_all(self._tracked.pending)
+            elif is_needed:
+                self._tracked.pending[:] |= self._tracked.unaudited
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,6 +361,9 @@ class BitmapRound:
             untracked_submissions=now.untracked - before.counters.untracked,
             missed_submissions=missed,
             failed_writes=now.failed - before.counters.failed,
+            pass_through=now.pass_through - before.counters.pass_through,
+            beyond_end=now.beyond_end - before.counters.beyond_end,
+            never_completed=now.never_completed - before.counters.never_completed,
             is_audit_clean=self._owner.is_audit_clean(),
         )
 

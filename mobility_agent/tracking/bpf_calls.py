@@ -36,6 +36,10 @@ class Command(enum.IntEnum):
     MAP_FREEZE = 22
 
 
+KEYS_MAX: Final = 2 * 32768
+"""Of one walk: twice what the largest map of the programs holds."""
+
+
 class MapKind(enum.IntEnum):
     ARRAY = 2
 
@@ -95,7 +99,8 @@ def delete(descriptor: int, key: bytes) -> bool:
 def keys(descriptor: int, *, key_bytes: int) -> Iterator[bytes]:
     """Of a map that changes meanwhile perhaps not all, and some twice."""
     key: bytes | None = None
-    while True:
+    # why: when the present key is deleted meanwhile, the kernel begins again with the first
+    for _ in range(KEYS_MAX):
         found = ctypes.create_string_buffer(key_bytes)
         try:
             call(Command.MAP_NEXT_KEY, _element(descriptor, key, found))

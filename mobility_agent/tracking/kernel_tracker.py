@@ -54,7 +54,12 @@ class KernelTracker:
                 remove_pins(current)
                 _attach(skeleton, current)
             self._descriptors = _open_programs(skeleton, current)
-            self._take_over(current)
+            try:
+                self._take_over(current)
+            except BaseException:
+                # why: the next open() has to take over again
+                self._close()
+                raise
 
     def follow(self, disk: DiskId, *, device: int, size_bytes: int) -> tuple[FollowedDisk, str]:
         """The disk's maps, and why its tracking had to begin anew: empty if it went on all the while.
@@ -94,9 +99,12 @@ class KernelTracker:
     def close(self) -> None:
         """The programs stay attached."""
         with self._lock:
-            descriptors, self._descriptors = self._descriptors, {}
-            for descriptor in descriptors.values():
-                os.close(descriptor)
+            self._close()
+
+    def _close(self) -> None:
+        descriptors, self._descriptors = self._descriptors, {}
+        for descriptor in descriptors.values():
+            os.close(descriptor)
 
     @property
     def _programs(self) -> ProgramMaps:
@@ -115,7 +123,7 @@ class KernelTracker:
             facts = FollowedDisk.read_facts(place)
             if facts is None:
                 remove_pins(place)
-            elif not self._is_followed(facts) and older:
+            elif older and not self._is_followed(facts) and _disk_sequence(facts.device) == facts.disk_sequence:
                 found = FollowedDisk(place, self._programs, facts, is_new=False)
                 try:
                     self._start(found)
@@ -178,7 +186,9 @@ class KernelTracker:
         place = self._disks / disk
         facts = FollowedDisk.read_facts(place)
         if facts is not None:
-            bpf_calls.delete(self._descriptors["followed_disks"], _number_of(facts))
+            # why: its number may have come to mean another disk, which is followed by it now
+            if self._is_followed(facts):
+                bpf_calls.delete(self._descriptors["followed_disks"], _number_of(facts))
             for kind in Marks:
                 bpf_calls.delete(self._descriptors["marks_in_use"], struct.pack("<I", len(Marks) * facts.slot + kind))
         remove_pins(place)

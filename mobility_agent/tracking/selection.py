@@ -17,7 +17,7 @@ from mobility_agent.ports import DrawRandom, SourceDisk
 from mobility_agent.tracking.abilities import disk_abilities, machine_abilities
 from mobility_agent.tracking.bitmap import BitmapSource
 from mobility_agent.tracking.change_source import ChangeSource
-from mobility_agent.tracking.kernel_tracker import KernelTracker
+from mobility_agent.tracking.kernel_tracker import KernelTracker, remove_pins
 from mobility_agent.tracking.scan import ScanSource
 from protocol.vocabulary import DiskId
 from runtime.directory import DurableDirectory
@@ -65,6 +65,10 @@ class SourceSelection:
         if not os.path.isdir(self._directory):
             return
         try:
+            if self._wanted is WantedSource.SCAN:
+                # why: no disk is tracked any more, and to open the tracker would begin to trace
+                remove_pins(self._directory)
+                return
             self._tracker.open()
             self._tracker.unfollow(disk)
         except OSError as error:

@@ -6,11 +6,37 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.runner import runtestprotocol
 
 from tests.live.block_devices import bpf_file_system, loop_device, zram_device
 from tests.live.tracked import MIB, TrackedDisk
 
 SIZE_BYTES = 32 * MIB
+MISSED = "completions were missed"
+"""What the agent logs when the kernel ran none of the programs at a completion: it happens by itself now and then."""
+TRIES = 3
+
+
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """A test of this folder that failed while the kernel missed completions is tried again: one that fails for another
+    reason does so each time."""
+    if Path(__file__).parent not in item.path.parents:
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for tries_left in reversed(range(TRIES)):
+        reports = runtestprotocol(item, nextitem=nextitem, log=False)
+        failed = [report for report in reports if report.failed]
+        if (
+            not tries_left
+            or not failed
+            or not any(MISSED in f"{report.capstdout}{report.capstderr}" for report in reports)
+        ):
+            break
+        item._initrequest()  # type: ignore[attr-defined]
+    for report in reports:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
 
 
 @pytest.fixture

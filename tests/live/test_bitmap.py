@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import fcntl
 import os
 import struct
 import subprocess
@@ -17,7 +18,7 @@ from mobility_agent.tracking import bitmap, bpf_calls
 from mobility_agent.tracking.change_source import Promise
 from mobility_agent.tracking.followed_disk import possible_processors
 from mobility_agent.tracking.kernel_tracker import remove_pins
-from protocol.vocabulary import ChangeKind
+from protocol.vocabulary import ChangeKind, DiskId
 from tests.live.block_devices import loop_device, mounted, run
 from tests.live.tracked import DISK, MIB, TrackedDisk
 
@@ -382,7 +383,11 @@ def count_up(tracked: TrackedDisk, counter: int) -> None:
     bpf_calls.update(maps._programs.disk_counters, key, bytes(value))
 
 
-@pytest.mark.parametrize(("counter", "cause"), [(3, "past the block layer"), (4, "behind the end")])
+PASS_THROUGH, BEYOND_END = 3, 4
+"""Their places among the counters."""
+
+
+@pytest.mark.parametrize(("counter", "cause"), [(PASS_THROUGH, "past the block layer"), (BEYOND_END, "behind the end")])
 def test_a_change_of_an_unknown_place_makes_everything_be_compared_once(
     tracked: TrackedDisk, counter: int, cause: str
 ) -> None:
@@ -442,3 +447,60 @@ def test_a_disk_after_another_in_the_same_slot_begins_clean(tracked: TrackedDisk
     tracked.round()
     assert tracked.round().end.promise is Promise.COPY_IN_VALIDATED
     assert tracked.differing_blocks() == []
+
+
+def test_a_command_that_goes_past_the_block_layer_within_a_round_unsettles_it(tracked: TrackedDisk) -> None:
+    for counter in (PASS_THROUGH, BEYOND_END):
+        current = tracked.source.begin_round(first_bytes=0)
+        count_up(tracked, counter)
+        assert tracked.finish(current).end.promise is Promise.COPY_IN_FUZZY
+        with pytest.raises(ResyncNeeded):
+            tracked.round()
+        tracked.round_or_resync()
+
+
+def test_a_discard_that_failed_counts_as_a_write(tmp_path: Path, pins: Path) -> None:
+    descriptor = os.memfd_create("backing", os.MFD_ALLOW_SEALING)
+    os.pwrite(descriptor, os.urandom(8 * MIB), 0)
+    device = Path(run("losetup", "--find", "--show", f"/proc/{os.getpid()}/fd/{descriptor}"))
+    try:
+        tracked = TrackedDisk(device, tmp_path / "state", pins)
+        try:
+            tracked.round_or_resync()
+            assert tracked.differing_blocks() == []
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+            assert subprocess.run(["blkdiscard", "--length", str(MIB), device], capture_output=True).returncode
+            assert tracked.round().read_bytes == MIB
+            assert tracked.differing_blocks() == []
+        finally:
+            tracked.close()
+    finally:
+        run("losetup", "--detach", device)
+        os.close(descriptor)
+
+
+def test_what_was_sent_while_track_was_lost_stays_pending(tracked: TrackedDisk) -> None:
+    write(tracked.device, 0, os.urandom(2 * MIB))
+    current = tracked.source.begin_round(first_bytes=0)
+    frames = current.read(tracked._window, tracked._packing)
+    for frame in frames:
+        tracked._apply(frame)
+    count_up(tracked, PASS_THROUGH)
+    with pytest.raises(ResyncNeeded):
+        tracked.source._check_counters(tracked.source._tracked.counters())
+    everything = bytes(tracked.source._tracked.pending)
+    tracked.source.sent(tracked.sequence + 1, [frame.receipt for frame in frames])
+    assert bytes(tracked.source._tracked.pending) == everything
+    tracked.sequence += 1
+    assert tracked.round_or_resync().read_bytes == len(tracked.copy)
+    assert tracked.differing_blocks() == []
+
+
+def test_ending_the_tracking_of_a_disk_that_was_swapped_ends_no_other(tracked: TrackedDisk) -> None:
+    device, other = os.stat(tracked.device).st_rdev, DiskId("e" * 32)
+    found, _ = tracked.tracker.follow(other, device=device, size_bytes=tracked.disk.size_bytes)
+    try:
+        tracked.tracker.unfollow(DISK)
+        assert tracked.tracker._is_followed(found.facts)
+    finally:
+        found.close()

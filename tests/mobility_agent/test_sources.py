@@ -27,6 +27,15 @@ DISK = DiskId("d" * 32)
 LATER_NS = 2_000_000_000_000
 
 
+def test_a_scanning_agent_ends_what_an_earlier_one_tracked_and_begins_nothing(tmp_path: Path) -> None:
+    pins = tmp_path / "pins"
+    (pins / "disks" / DISK).mkdir(parents=True)
+    (pins / "programs_1").mkdir()
+    (pins / "programs_1" / "link_mark_request").touch()
+    SourceSelection(WantedSource.SCAN, pins).forget(DISK)
+    assert not pins.exists()
+
+
 class ActedRound(ScanRound):
     """A round that ends as it is told to."""
 

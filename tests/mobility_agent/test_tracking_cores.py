@@ -44,6 +44,7 @@ DISK_FLAWS: list[tuple[dict[str, Any], str]] = [
     ({"is_partition": True}, "whole disk"),
     ({"is_direct_access": True}, "DAX"),
     ({"is_multipath_head": True}, "multipath"),
+    ({"is_zoned": True}, "zoned"),
     ({"counts_io": False}, "iostats"),
 ]
 
@@ -141,6 +142,9 @@ STILL: dict[str, Any] = {
     "untracked_submissions": 0,
     "missed_submissions": 0,
     "failed_writes": 0,
+    "pass_through": 0,
+    "beyond_end": 0,
+    "never_completed": 0,
     "is_audit_clean": True,
 }
 BROKEN: dict[str, Any] = {name: (False if value is True else 1) for name, value in STILL.items()}

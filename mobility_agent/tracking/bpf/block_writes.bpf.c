@@ -315,6 +315,7 @@ struct walk {
 	struct followed *disk;
 	struct counters *counters;
 	u32 is_discard;
+	u32 is_done; /* it did not fail: a discard that failed left what was there */
 	u32 counts;
 };
 
@@ -332,7 +333,7 @@ static long walk_bio(u32 index, struct walk *walk)
 	READ_FIELD(sector, bio, bi_iter.bi_sector);
 	READ_FIELD(next, bio, bi_next);
 	if (walk->is_discard)
-		mark_change(walk->disk, AT_COMPLETION, sector, bytes, 1, walk->counters);
+		mark_change(walk->disk, AT_COMPLETION, sector, bytes, walk->is_done, walk->counters);
 	if (bytes > walk->bytes)
 		return 1; /* the request completes in parts, and this one ends within the bio */
 	if (!finish((u64)bio) && walk->counts)
@@ -365,6 +366,7 @@ INLINE int request_completed(u64 *context, u32 copy)
 		COUNT(walk.counters->failed, 1); /* marked all the same: a write that failed may have changed the medium */
 	COUNT(walk.counters->completed_sectors[copy], bytes >> 9);
 	walk.is_discard = is_discard(operation);
+	walk.is_done = !(u8)context[1];
 	if (!walk.is_discard)
 		mark_change(walk.disk, AT_COMPLETION, request->__sector, bytes, 0, walk.counters);
 	walk.bio = (u64)request->bio;
@@ -383,7 +385,7 @@ INLINE int bio_completed(u64 *context, u32 copy)
 	struct counters *counters;
 	struct followed *disk;
 	struct change *change;
-	u32 bytes, operation = bio->bi_opf & 0xff;
+	u32 bytes, operation = bio->bi_opf & 0xff, status = bio->bi_status;
 
 	if (!is_change(operation))
 		return 0;
@@ -402,8 +404,10 @@ INLINE int bio_completed(u64 *context, u32 copy)
 	if (change || !copy) { /* whichever copy comes first counts for both */
 		COUNT(counters->completed_sectors[0], bytes >> 9);
 		COUNT(counters->completed_sectors[1], bytes >> 9);
+		if (status)
+			COUNT(counters->failed, 1);
 	}
-	mark_change(disk, AT_COMPLETION, sector, bytes, is_discard(operation), counters);
+	mark_change(disk, AT_COMPLETION, sector, bytes, is_discard(operation) && !status, counters);
 	if (!finish(key) && bytes && !copy)
 		COUNT(counters->foreign, 1);
 	return 0;

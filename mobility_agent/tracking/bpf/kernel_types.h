@@ -26,6 +26,7 @@ struct bio {
 	struct bio *bi_next;
 	struct block_device *bi_bdev;
 	u32 bi_opf;
+	u8 bi_status;
 	struct bvec_iter bi_iter;
 	void *bi_private;
 };
