@@ -1,6 +1,6 @@
 """`make live ROUNDS=N`: hunts for lost updates on live disks; the last line of output is one JSON object.
 
-Exit code 1 if anything was lost, or a planted fault was not caught.
+Exit code 1 if anything was lost, a planted fault was not caught, or a whole turn of all kinds settled nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def main() -> int:
         caught[name] = rounds_until_caught(name, arguments.first_seed)
         print(f"fault {name}: caught in round {caught[name]}", file=sys.stderr)
     print(json.dumps(dataclasses.asdict(found) | {"faults_caught_in_round": caught}))
-    return int(bool(found.lost or found.points_damaged or not all(caught.values())))
+    has_settled_nothing = not found.still and arguments.rounds >= len(KINDS)
+    return int(bool(found.lost or found.points_damaged or not all(caught.values()) or has_settled_nothing))
 
 
 if __name__ == "__main__":

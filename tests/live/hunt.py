@@ -46,7 +46,7 @@ class Found:
     still: int = 0
     points_checked: int = 0
     points_damaged: int = 0
-    kills: int = 0
+    restarts: int = 0
     alarms: int = 0
     resyncs: int = 0
     losses: list[str] = field(default_factory=list)
@@ -98,7 +98,7 @@ class Hunted:
             self._tracked.enter_epoch()
         self._tracked.close()
         self._tracked.open()
-        self._found.kills += 1
+        self._found.restarts += 1
 
     def _go_blind(self) -> None:
         """All programs are detached for a moment, in which there are writes. Not with zram, whose driver counts no

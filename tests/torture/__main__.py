@@ -68,7 +68,7 @@ def main() -> int:
     }
     print(json.dumps(summary))
     is_incomplete = bool(skipped) and os.environ.get("CI") == "true"
-    return 1 if violations or is_incomplete or not kinds else 0
+    return 1 if violations or is_incomplete or not summary["steps"] else 0
 
 
 def _totals(counts: Counter[str]) -> dict[str, int]:
