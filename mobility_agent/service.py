@@ -16,7 +16,7 @@ import structlog
 
 from mobility_agent.disk_history import forget_disk
 from mobility_agent.disk_ports import DiskPorts
-from mobility_agent.errors import AgentStateDamaged
+from mobility_agent.errors import AgentStateDamaged, DiskNotSupported
 from mobility_agent.frame_buffers import FrameBuffers
 from mobility_agent.ports import Connect, DrawRandom, OpenSource, Tracking
 from mobility_agent.protection import (
@@ -436,6 +436,11 @@ class AgentService:
                 self._changed.set()
                 return
             await self._control.unregister_disk(disk, keep_data=release == "keep")
+            try:
+                await blocking(self._executor, lambda: self._tracking.forget(disk))
+            except DiskNotSupported as error:
+                # why: pins that cannot be removed do no harm, and the release must come to its end
+                log.warning("disk", disk=disk, path=entry.path, error=str(error))
             await self._forget(disk)
         async with self._intent:
             protection = await self._load()
@@ -445,7 +450,6 @@ class AgentService:
 
     async def _forget(self, disk: DiskId) -> None:
         try:
-            await blocking(self._executor, lambda: self._tracking.forget(disk))
             await blocking(self._executor, lambda: forget_disk(self._directory, disk))
         except OSError as error:
             raise AgentStateDamaged(name=disk, reason=error.strerror or str(error)) from error

@@ -126,6 +126,21 @@ async def test_rounds_follow_one_that_did_not_settle_but_not_for_ever(bench: Ben
     assert tracking.source.rounds == rounds
 
 
+async def test_a_release_comes_to_its_end_although_the_kernel_goes_on_tracking(bench: Bench) -> None:
+    class Kept(ActedTracking):
+        def forget(self, disk: DiskId) -> None:
+            raise DiskNotSupported(path=disk, reason="its tracking cannot be ended")
+
+    bench.tracking = Kept(lambda source: None)
+    bench.write_image(MIB)
+    async with bench.agent() as service:
+        await service.protect(str(bench.image))
+        await bench.until_points(1)
+        await service.unprotect(str(bench.image), keep=True)
+        await bench.server.until(lambda: not service.protection)
+    assert bench.control.unregistered == [(bench.disk, True)]
+
+
 def _rounds(protection: Sequence[object]) -> int:
     (status,) = protection
     replication = getattr(status, "replication", None)
