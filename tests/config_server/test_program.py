@@ -75,6 +75,7 @@ def invoke(*arguments: str) -> str:
 
 def key_file(directory: Path) -> Path:
     path = directory / "authority-key.json"
+    path.touch(mode=0o600)
     path.write_bytes(serialise_authority_key(AUTHORITY_KEY))
     return path
 
