@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import re
 import shutil
 import sys
@@ -51,6 +52,7 @@ LIST_FILES: Final = r"""
 find / -xdev -not -path '*/tmp/systemd-private-*' -printf '%y %m %U:%G %p -> %l\n' | sed 's/ -> $//' | sort
 echo -- accounts; sort /etc/passwd /etc/group
 echo -- units; systemctl list-unit-files --no-pager --no-legend | grep -i farpoint || true
+echo -- pins; find /sys/fs/bpf -mindepth 1 -path '*farpoint*'
 echo -- processes; ps -eo user,args | grep -i '[f]arpoint' || true
 """
 KEPT: Final = re.compile(r". \d+ \d+:\d+ /(var/lib/dpkg/|var/lib/apt/|var/log/|var/cache/|var/lib/systemd/)")
@@ -214,6 +216,10 @@ class Story:
         except BaseException:
             self._tell(f"  {await site.state()}")
             raise
+        (status,) = json.loads(await self._in_guest("mobility-agent status -o json", name))
+        if status["source"] != "bitmap":
+            raise GuestFailed(f"the disk's writes are not tracked, but {status['source']}: {status}")
+        self.figures["source"] = status["source"]
         self._points.append((name, point.point, copy))
         self.figures["disk"] = point.disk
 
