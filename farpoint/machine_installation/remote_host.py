@@ -187,8 +187,10 @@ class RemoteHost:
     async def _converse(self, command: str, data: bytes) -> tuple[int | None, bytes, bytes]:
         process = await self._connection.create_process(command, encoding=None)
         try:
-            process.stdin.write(data)
-            process.stdin.write_eof()
+            # why: a shell that has ended reads no further, and its status says why; a lost connection fails the reads
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(data)
+                process.stdin.write_eof()
             async with asyncio.TaskGroup() as group:
                 output = group.create_task(_read_bounded(process.stdout))
                 errors = group.create_task(_read_bounded(process.stderr))

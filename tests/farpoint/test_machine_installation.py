@@ -27,6 +27,7 @@ from farpoint.machine_installation.errors import (
     HostUnfit,
     PackageInvalid,
     PackageMissing,
+    RemoteCommandFailed,
     RootNeeded,
 )
 from farpoint.machine_installation.installation import Site, install_on_all
@@ -271,6 +272,16 @@ async def test_a_connection_that_is_lost_in_a_script_is_told_as_that() -> None:
     async with host_with(lose_connection) as access, connected("127.0.0.1", access) as host:
         with pytest.raises(HostConnectionLost, match="`check`"):
             await host.run("true", step="check", seconds=60)
+
+
+async def test_a_shell_that_ends_before_it_has_read_its_script_tells_its_status() -> None:
+    async def answer(process: asyncssh.SSHServerProcess[str]) -> None:
+        process.exit(7)
+
+    async with host_with(answer) as access, connected("127.0.0.1", access) as host:
+        for _ in range(20):
+            with pytest.raises(RemoteCommandFailed, match="7"):
+                await host.run("true\n" * 100_000, step="check", seconds=60)
 
 
 async def test_a_connection_that_is_lost_ends_no_other_hosts_way() -> None:
