@@ -20,7 +20,7 @@ from typing import Any, Final
 from mobility_agent.core.write_audit import AuditFinding
 from mobility_agent.errors import ResyncNeeded
 from mobility_agent.tracking import bitmap, bpf_calls
-from mobility_agent.tracking.change_source import Promise
+from mobility_agent.tracking.change_source import Promise, Round
 from mobility_agent.tracking.followed_disk import FollowedDisk, Marks
 from tests.live.block_devices import bpf_file_system, loop_device, mounted, run, slow_writes, zram_device
 from tests.live.tracked import MIB, TrackedDisk
@@ -229,7 +229,7 @@ def forget_the_retired_map_early(tracked: TrackedDisk) -> None:
     """As soon as a round has begun, though nothing of it has reached anybody."""
     original = bitmap.BitmapSource.begin_round
 
-    def begin_round(self: bitmap.BitmapSource, *, first_bytes: int) -> bitmap.BitmapRound:
+    def begin_round(self: bitmap.BitmapSource, *, first_bytes: int) -> Round:
         begun = original(self, first_bytes=first_bytes)
         self._tracked.pending[:] = 0
         self._tracked.unaudited[:] = 0
