@@ -406,16 +406,18 @@ class DiskReplication:
             await channel.connection.wait_for_tick(TICK_SECONDS_MAX)
         began = self._ports.clock.monotonic_seconds()
         self._round_wanted.clear()
-        begin_tick_ns = channel.connection.last_tick_ns
-        changes = await blocking(self._ports.executor, lambda: history.changes.begin_round(first_bytes=first_bytes))
+        connection = channel.connection
+        changes = await blocking(
+            self._ports.executor,
+            lambda: history.changes.begin_round(first_bytes=first_bytes, read_tick=lambda: connection.last_tick_ns),
+        )
         self._round = changes
         sender = RoundSender(
-            connection=channel.connection,
+            connection=connection,
             channel=channel.number,
             history=history,
             ports=self._ports,
             is_copy=is_copy,
-            begin_tick_ns=begin_tick_ns,
         )
         try:
             self._outcome = await sender.send_round(changes, first_bytes=first_bytes, is_point_due=self._is_point_due)

@@ -1,7 +1,6 @@
 """Sends one round of one disk as change sets, and says at its end how good the position is.
 
-An unsettled position never gets a bookmark; the instant of a bookmark was received before the proof of stillness ended,
-or before the round began where the position is what the disk held then.
+An unsettled position never gets a bookmark; the instant of a bookmark was received before the instant that it shows.
 """
 
 from __future__ import annotations
@@ -61,9 +60,7 @@ class RoundSender:
         history: DiskHistory,
         ports: DiskPorts,
         is_copy: bool,
-        begin_tick_ns: int | None,
     ) -> None:
-        """begin_tick_ns: the newest tick that had been received before the round began."""
         self.sent_bytes = 0
         """Of frame bodies."""
         self._connection = connection
@@ -71,7 +68,6 @@ class RoundSender:
         self._history = history
         self._ports = ports
         self._is_copy = is_copy
-        self._begin_tick_ns = begin_tick_ns
         self._epoch = history.standing.epoch
         self._builder: ChangeSetBuilder | None = None
         self._receipts: list[Any] = []
@@ -140,7 +136,6 @@ class RoundSender:
     async def _end_round(self, changes: Round, *, first_bytes: int, is_point_due: PointDue) -> RoundOutcome:
         if self._is_copy:
             await self._end_change_set(self._cursor_end(changes.compared_to_bytes))
-        instant_ns = self._connection.last_tick_ns
         end = await blocking(self._ports.executor, changes.end)
         settled = is_settled(
             first_bytes=first_bytes,
@@ -152,7 +147,7 @@ class RoundSender:
             reason = "the copy-in was resumed; the next round compares everything again"
         bookmark = None
         if settled and is_point_due(is_changed=self._is_changed):
-            bookmark = self._bookmark(self._begin_tick_ns if end.is_of_begin else instant_ns)
+            bookmark = self._bookmark(end.instant_ns)
             reason = "" if bookmark is not None else NO_CLOCK
         if settled and (self._is_changed or bookmark is not None):
             await self._end_change_set(ChangeSetEnd(consistency=Consistency.CRASH, bookmark=bookmark))

@@ -22,6 +22,7 @@ from mobility_agent.disk_reader import LocalDisk
 from mobility_agent.errors import ResyncNeeded
 from mobility_agent.ports import DrawRandom
 from mobility_agent.tracking.bitmap_round import BitmapRound, Receipt, RoundBegin
+from mobility_agent.tracking.change_source import ReadTick, no_tick
 from mobility_agent.tracking.followed_disk import Counters, FollowedDisk
 from mobility_agent.tracking.scan import ScanSource
 from protocol.vocabulary import DIGEST_BLOCK_BYTES, SEQUENCE_MAX, DiskId
@@ -80,7 +81,7 @@ class BitmapSource:
         self._known.enter_epoch(epoch, parent_sequence=parent_sequence, is_base_empty=is_base_empty)
         self._lost_because = ""
 
-    def begin_round(self, *, first_bytes: int) -> BitmapRound:
+    def begin_round(self, *, first_bytes: int, read_tick: ReadTick = no_tick) -> BitmapRound:
         self._source.check()
         if self._lost_because:
             raise ResyncNeeded(cause=self._lost_because)
@@ -96,6 +97,7 @@ class BitmapSource:
         self._tracked.write_facts()
         older = self._tracked.pending.copy()
         is_older_quiet = self._tracked.wait_for_older(seconds_max=QUIET_SECONDS_MAX)
+        instant_ns = read_tick()
         parity = self._tracked.swap()
         self._check_counters(before)
         self._audit()
@@ -108,7 +110,9 @@ class BitmapSource:
             self._known.digests,
             self._tracked,
             first_bytes=first_bytes,
-            begin=RoundBegin(counters=before, missed_submissions=misses_before, was_quiet=was_quiet),
+            begin=RoundBegin(
+                counters=before, missed_submissions=misses_before, was_quiet=was_quiet, instant_ns=instant_ns
+            ),
             to_be_read=older | self._tracked.written,
         )
 

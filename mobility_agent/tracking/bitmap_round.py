@@ -73,6 +73,8 @@ class RoundBegin:
     counters: Counters
     missed_submissions: int
     was_quiet: bool
+    instant_ns: int | None
+    """The newest tick of the server's clock at that time."""
 
 
 class BitmapRound:
@@ -149,7 +151,7 @@ class BitmapRound:
             self._owner.settle()
         if reason:
             return RoundEnd(promise=Promise.COPY_IN_FUZZY, reason=reason)
-        return RoundEnd(promise=Promise.COPY_IN_VALIDATED, reason="", is_of_begin=True)
+        return RoundEnd(promise=Promise.COPY_IN_VALIDATED, reason="", instant_ns=self._begin.instant_ns)
 
     def abandon(self) -> None:
         self._is_given_up = True

@@ -6,14 +6,22 @@ A source never guesses: it says how good what it yields is, and raises ResyncNee
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from mobility_agent.core.change_sets import PackedFrame
 from mobility_agent.core.dirty_map import SentRecord
 from mobility_agent.core.extent_set import ExtentSet
 from protocol.vocabulary import SEQUENCE_MAX
+
+ReadTick: TypeAlias = Callable[[], int | None]
+"""The newest tick of the server's clock that was received, in ns; None before the first. Does not block."""
+
+
+def no_tick() -> int | None:
+    """Of a clock that is never heard."""
+    return None
 
 
 class Promise(enum.Enum):
@@ -49,8 +57,8 @@ class RoundEnd:
     promise: Promise
     reason: str
     """Why the promise is no better; empty for the best."""
-    is_of_begin: bool = False
-    """If it is still: it is what the disk held when the round began, and what was written since is not in it."""
+    instant_ns: int | None = None
+    """If it is still: the newest tick that had been received before the instant that it shows."""
 
 
 class Round(Protocol):
@@ -124,8 +132,9 @@ class ChangeSource(Protocol):
         None: nothing is known. Durable on return."""
         ...
 
-    def begin_round(self, *, first_bytes: int) -> Round:
-        """Compares [first_bytes, end of the disk) with the history. Raises DiskFault, ResyncNeeded."""
+    def begin_round(self, *, first_bytes: int, read_tick: ReadTick = no_tick) -> Round:
+        """Compares [first_bytes, end of the disk) with the history. read_tick is called in the thread that calls
+        begin_round or end. Raises DiskFault, ResyncNeeded."""
         ...
 
     def sent(self, sequence: int, receipts: Sequence[Any]) -> None:

@@ -15,7 +15,7 @@ from mobility_agent.core.dirty_map import SentRecord
 from mobility_agent.core.extent_set import ExtentSet
 from mobility_agent.errors import AgentStateDamaged, NotProvedStill
 from mobility_agent.ports import DrawRandom, SourceDisk, StillnessProof
-from mobility_agent.tracking.change_source import Promise, RoundEnd, SourceFrame
+from mobility_agent.tracking.change_source import Promise, ReadTick, RoundEnd, SourceFrame, no_tick
 from mobility_agent.tracking.digest_file import KEY_BYTES, DigestFile
 from protocol.vocabulary import (
     DIGEST_BLOCK_BYTES,
@@ -121,9 +121,9 @@ class ScanSource:
             old.close()
         self._digests = new
 
-    def begin_round(self, *, first_bytes: int) -> ScanRound:
+    def begin_round(self, *, first_bytes: int, read_tick: ReadTick = no_tick) -> ScanRound:
         self._source.check()
-        return ScanRound(self._source, self.digests, first_bytes=first_bytes)
+        return ScanRound(self._source, self.digests, first_bytes=first_bytes, read_tick=read_tick)
 
     def sent(self, sequence: int, receipts: Sequence[Receipt]) -> None:
         self.digests.write(sequence, (entry for receipt in receipts for entry in receipt))
@@ -171,7 +171,10 @@ class ScanOnly:
 class ScanRound:
     """One pass over [first_bytes, size). Implements Round."""
 
-    def __init__(self, source: SourceDisk, digests: DigestFile, *, first_bytes: int) -> None:
+    def __init__(
+        self, source: SourceDisk, digests: DigestFile, *, first_bytes: int, read_tick: ReadTick = no_tick
+    ) -> None:
+        self._read_tick = read_tick
         self._source = source
         self._digests = digests
         self._at = first_bytes // DIGEST_BLOCK_BYTES * DIGEST_BLOCK_BYTES
@@ -227,13 +230,14 @@ class ScanRound:
         return [self._frame(packer, digests, 1, self._at)] if len(packer) else []
 
     def end(self) -> RoundEnd:
+        instant_ns = self._read_tick()
         proof, self._proof = self._proof, None
         if proof is not None and not proof.end():
             self._reason = "somebody opened the disk for writing, or wrote to it"
             proof = None
         self._source.check()
         promise = Promise.COPY_IN_FUZZY if proof is None else Promise.COPY_IN_VALIDATED
-        return RoundEnd(promise=promise, reason=self._reason)
+        return RoundEnd(promise=promise, reason=self._reason, instant_ns=instant_ns)
 
     def abandon(self) -> None:
         self._break("the round was given up")

@@ -173,11 +173,19 @@ def test_a_write_into_the_round_unsettles_it_and_goes_out_in_the_next(tracked: T
 def test_a_write_elsewhere_leaves_the_round_what_the_disk_was_when_it_began(tracked: TrackedDisk) -> None:
     write(tracked.device, 0, os.urandom(2 * MIB))
     before = tracked.device.read_bytes()
-    current = tracked.source.begin_round(first_bytes=0)
+    swap, happened = tracked.source._tracked.swap, []
+
+    def swapped() -> int:
+        happened.append("swap")
+        return swap()
+
+    tracked.source._tracked.swap = swapped  # type: ignore[method-assign]
+    current = tracked.source.begin_round(first_bytes=0, read_tick=lambda: happened.append("tick") or 7)  # type: ignore[func-returns-value]
+    assert happened == ["tick", "swap"]
     write(tracked.device, 9 * MIB, os.urandom(BLOCK))
     told = tracked.finish(current)
     assert told.end.promise is Promise.COPY_IN_VALIDATED
-    assert told.end.is_of_begin
+    assert told.end.instant_ns == 7
     assert tracked.copy == before
     tracked.round()
     assert tracked.differing_blocks() == []

@@ -15,7 +15,7 @@ from mobility_agent.disk_reader import open_local_disk
 from mobility_agent.errors import DiskNotSupported
 from mobility_agent.ports import DrawRandom, SourceDisk
 from mobility_agent.tracking.bitmap import BitmapSource
-from mobility_agent.tracking.change_source import Promise, RoundEnd, SourceFrame
+from mobility_agent.tracking.change_source import Promise, ReadTick, RoundEnd, SourceFrame, no_tick
 from mobility_agent.tracking.scan import ScanRound, ScanSource
 from mobility_agent.tracking.selection import SourceSelection
 from protocol.vocabulary import DiskId
@@ -24,7 +24,7 @@ from runtime.local_directory import LocalDirectory
 from tests.mobility_agent.conftest import MIB, Bench
 
 DISK = DiskId("d" * 32)
-LATER_NS = 2_000_000_000_000
+EARLIER_NS, LATER_NS = 1_000_000_000, 2_000_000_000_000
 
 
 def test_a_scanning_agent_ends_what_an_earlier_one_tracked_and_begins_nothing(tmp_path: Path) -> None:
@@ -58,9 +58,9 @@ class ActedSource(ScanSource):
     at_read: Callable[[], None] = staticmethod(lambda: None)
     rounds = 0
 
-    def begin_round(self, *, first_bytes: int) -> ScanRound:
+    def begin_round(self, *, first_bytes: int, read_tick: ReadTick = no_tick) -> ScanRound:
         self.rounds += 1
-        acted = ActedRound(self._source, self.digests, first_bytes=first_bytes)
+        acted = ActedRound(self._source, self.digests, first_bytes=first_bytes, read_tick=read_tick)
         acted.end_as, acted.at_read = self.end_as, self.at_read  # type: ignore[method-assign]
         return acted
 
@@ -84,9 +84,9 @@ class ActedTracking:
         self.forgotten.append(disk)
 
 
-@pytest.mark.parametrize("is_of_begin", [True, False])
-async def test_a_point_carries_a_tick_from_before_what_it_shows(bench: Bench, is_of_begin: bool) -> None:
-    """What the disk held when the round began is no newer than the tick that had come by then."""
+@pytest.mark.parametrize("instant_ns", [EARLIER_NS, None])
+async def test_a_point_carries_the_tick_that_its_source_read(bench: Bench, instant_ns: int | None) -> None:
+    """A scan reads it while its proof still holds; what a tracked disk shows is of the begin of its round."""
 
     def tick() -> None:
         assert bench.service is not None
@@ -95,7 +95,8 @@ async def test_a_point_carries_a_tick_from_before_what_it_shows(bench: Bench, is
             link.uplink.connection.last_tick_ns = LATER_NS
 
     def prepare(source: ActedSource) -> None:
-        source.end_as = lambda end: dataclasses.replace(end, is_of_begin=is_of_begin)  # type: ignore[method-assign]
+        if instant_ns is not None:
+            source.end_as = lambda end: dataclasses.replace(end, instant_ns=instant_ns)  # type: ignore[method-assign]
         source.at_read = tick  # type: ignore[method-assign]
 
     bench.tracking = ActedTracking(prepare)
@@ -105,7 +106,7 @@ async def test_a_point_carries_a_tick_from_before_what_it_shows(bench: Bench, is
         await bench.until_points(1)
     bookmark = bench.server.disks[bench.disk].ends()[-1].bookmark
     assert bookmark is not None
-    assert bookmark.instant_ns == (bench.server.instant_ns if is_of_begin else LATER_NS)
+    assert bookmark.instant_ns == (instant_ns or LATER_NS)
 
 
 async def test_rounds_follow_one_that_did_not_settle_but_not_for_ever(bench: Bench) -> None:
