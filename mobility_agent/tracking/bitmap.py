@@ -17,6 +17,7 @@ import structlog
 
 from mobility_agent.core.dirty_map import SentRecord
 from mobility_agent.core.extent_set import ExtentSet
+from mobility_agent.core.resync_cause import ResyncCause
 from mobility_agent.core.write_audit import AuditBase, AuditFinding, judge_audit
 from mobility_agent.disk_reader import LocalDisk
 from mobility_agent.errors import ResyncNeeded
@@ -52,15 +53,14 @@ class BitmapSource:
         source: LocalDisk,
         directory: DurableDirectory,
         draw_random: DrawRandom,
-        follow: Callable[[], tuple[FollowedDisk, str]],
+        follow: Callable[[], FollowedDisk],
     ) -> None:
-        """follow: the disk's maps, and why its tracking began anew (KernelTracker.follow)."""
+        """follow: KernelTracker.follow for this disk."""
         self._alarms = 0
         self._disk = disk
         self._source = source
         self._known = ScanSource(disk=disk, source=source, directory=directory, draw_random=draw_random)
-        self._tracked, self._began_because = follow()
-        self._lost_because = ""
+        self._tracked = follow()
         self._suspects: dict[tuple[bytes, tuple[int, int, int]], float] = {}
         self._pending_lock = threading.Lock()
         """What was sent leaves what is pending in one thread while another may be marking."""
@@ -70,21 +70,19 @@ class BitmapSource:
         return self._alarms
 
     def restore(self, epoch: int, records: Sequence[SentRecord], *, sent_sequence: int = SEQUENCE_MAX) -> bool:
-        is_known = self._known.restore(epoch, records, sent_sequence=sent_sequence)
-        if is_known and self._began_because:
-            self._lost_because = self._began_because
-        return is_known
+        return self._known.restore(epoch, records, sent_sequence=sent_sequence)
 
     def enter_epoch(self, epoch: int, *, parent_sequence: int | None, is_base_empty: bool) -> None:
         if parent_sequence is None:
             self._tracked.layout.mark_all(self._tracked.pending)
         self._known.enter_epoch(epoch, parent_sequence=parent_sequence, is_base_empty=is_base_empty)
-        self._lost_because = ""
+        self._tracked.facts.resync_cause = ""
+        self._tracked.write_facts()
 
     def begin_round(self, *, first_bytes: int, read_tick: ReadTick = no_tick) -> BitmapRound:
         self._source.check()
-        if self._lost_because:
-            raise ResyncNeeded(cause=self._lost_because)
+        if self._tracked.facts.resync_cause:
+            raise ResyncNeeded(cause=self._tracked.facts.resync_cause)
         before = self._tracked.counters()
         misses_before = self._tracked.read_audit().missed_submissions
         # why: a read past the page cache writes back what is dirty there; before the swap that disturbs no round. Where
@@ -124,7 +122,7 @@ class BitmapSource:
             digests.write(sequence, receipt.digests)
             with self._pending_lock:
                 # why: when track is lost everything is pending, also what frames that are still on their way carry
-                if not self._lost_because:
+                if not self._tracked.facts.resync_cause:
                     for window, mask in receipt.sent:
                         self._tracked.layout.clear(self._tracked.pending, window, mask)
 
@@ -166,11 +164,11 @@ class BitmapSource:
     def _check_counters(self, now: Counters) -> None:
         facts = self._tracked.facts
         causes = (
-            (now.pass_through > facts.pass_through, "a command went to the disk past the block layer's addresses"),
-            (now.beyond_end > facts.beyond_end, "a write went behind the end of the disk as it was"),
+            (now.pass_through > facts.pass_through, ResyncCause.COMMAND_PAST_BLOCK_LAYER),
+            (now.beyond_end > facts.beyond_end, ResyncCause.WRITE_BEHIND_END),
         )
-        lost = next((cause for has_happened, cause in causes if has_happened), "")
-        self._mark_again(is_all=bool(lost), because=lost, is_needed=now.never_completed > facts.never_completed)
+        lost = next((cause for has_happened, cause in causes if has_happened), None)
+        self._mark_again(lost, is_needed=now.never_completed > facts.never_completed)
         # why: marked before what was concluded is kept: whoever is killed in between concludes it again
         facts.pass_through, facts.beyond_end = now.pass_through, now.beyond_end
         facts.never_completed = now.never_completed
@@ -190,13 +188,12 @@ class BitmapSource:
             return finding
         self._alarms += 1
         log.warning("completions were missed", disk=self._disk, finding=finding.value)
-        is_lost = finding is AuditFinding.LOST_TRACK
-        cause = "writes were missed when they were submitted and when they completed"
-        self._mark_again(is_all=is_lost, because=cause if is_lost else "", is_needed=True)
+        lost = ResyncCause.WRITES_MISSED if finding is AuditFinding.LOST_TRACK else None
+        self._mark_again(lost, is_needed=True)
         facts.audit_base = base
         self._tracked.write_facts()
-        if is_lost:
-            raise ResyncNeeded(cause=cause)
+        if lost:
+            raise ResyncNeeded(cause=lost)
         return finding
 
     def _wait_until_idle(self) -> None:
@@ -217,12 +214,11 @@ class BitmapSource:
                 log.warning("a completion was missed", disk=self._disk, sector=change[0], bytes=change[1])
                 self._tracked.forgive(key, change[2])
 
-    def _mark_again(self, *, is_all: bool, because: str, is_needed: bool) -> None:
+    def _mark_again(self, lost: ResyncCause | None, *, is_needed: bool) -> None:
         """Makes pending again what may have been read too early; everything, if track is lost."""
         with self._pending_lock:
-            if is_all:
-                self._lost_because = because
-                self._tracked.layout.mark_all(self._tracked.pending)
+            if lost is not None:
+                self._tracked.lose(lost)
             elif is_needed:
                 self._tracked.pending[:] |= self._tracked.unaudited
 

@@ -21,6 +21,7 @@ from typing import Final
 
 import numpy
 
+from mobility_agent.core.resync_cause import NAME_BYTES_MAX, ResyncCause
 from mobility_agent.core.write_audit import AuditBase, AuditReading
 from mobility_agent.tracking import bpf_calls
 from mobility_agent.tracking.abilities import block_device_directory
@@ -65,7 +66,7 @@ class Counters:
 
 @dataclass(slots=True, kw_only=True)
 class Facts:
-    """What outlives the agent about one followed disk; integers only."""
+    """What outlives the agent about one followed disk; integers, but for the last."""
 
     device: int
     disk_sequence: int
@@ -83,6 +84,8 @@ class Facts:
     forgiven_even: int = 0
     forgiven_odd: int = 0
     """Changes in flight, by the parity of their generation, that were given up as completed unseen."""
+    resync_cause: str = ""
+    """Why track of the disk was lost, until a new epoch was entered for it: everything is pending meanwhile."""
 
     @property
     def audit_base(self) -> AuditBase:
@@ -99,8 +102,8 @@ class Facts:
         self.missed_submissions = base.missed_submissions
 
 
-_FACTS: Final = struct.Struct(f"<8s{len(fields(Facts))}q")
-_FACTS_MAGIC: Final = b"FPTRACK2"
+_FACTS: Final = struct.Struct(f"<8s{len(fields(Facts)) - 1}q{NAME_BYTES_MAX}s")
+_FACTS_MAGIC: Final = b"FPTRACK3"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,11 +152,12 @@ class FollowedDisk:
         except (OSError, ValueError):
             return None
         try:
-            magic, *values = _FACTS.unpack_from(shared.memory)
+            magic, *values, cause = _FACTS.unpack_from(shared.memory)
         finally:
             shared.close()
         if magic != _FACTS_MAGIC:
             return None
+        values.append(cause.rstrip(b"\0").decode("ascii"))
         return Facts(**dict(zip((field.name for field in fields(Facts)), values, strict=True)))
 
     @property
@@ -171,8 +175,15 @@ class FollowedDisk:
         return self._maps[_name(kind, self._parity_in_use(kind))].bits
 
     def write_facts(self) -> None:
-        values = (getattr(self.facts, field.name) for field in fields(Facts))
-        _FACTS.pack_into(self._maps["facts"].memory, 0, _FACTS_MAGIC, *values)
+        *values, cause = (getattr(self.facts, field.name) for field in fields(Facts))
+        _FACTS.pack_into(self._maps["facts"].memory, 0, _FACTS_MAGIC, *values, cause.encode("ascii"))
+
+    def lose(self, cause: ResyncCause) -> None:
+        """Track of the disk is lost: everything is pending, and the cause is kept until a new epoch is entered."""
+        # why: marked before the cause is kept: whoever is killed in between has nothing that is not pending
+        self.layout.mark_all(self.pending)
+        self.facts.resync_cause = cause
+        self.write_facts()
 
     def put_in_use(self) -> None:
         """The maps that were in use before, or the first ones, for programs that know nothing of them yet."""

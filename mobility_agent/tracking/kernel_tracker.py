@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Final
 
+from mobility_agent.core.resync_cause import ResyncCause
 from mobility_agent.core.write_audit import AuditBase
 from mobility_agent.tracking import bpf_calls
 from mobility_agent.tracking.abilities import block_device_directory
@@ -61,14 +62,14 @@ class KernelTracker:
                 self._close()
                 raise
 
-    def follow(self, disk: DiskId, *, device: int, size_bytes: int) -> tuple[FollowedDisk, str]:
-        """The disk's maps, and why its tracking had to begin anew: empty if it went on all the while.
+    def follow(self, disk: DiskId, *, device: int, size_bytes: int) -> FollowedDisk:
+        """The disk's maps. device: st_rdev of the whole disk.
 
-        device: st_rdev of the whole disk. Everything is pending in what begins anew.
+        Where its tracking did not go on all the while, everything is pending, and its facts have the cause.
         """
         with self._lock:
             place = self._disks / disk
-            why = "its tracking begins"
+            cause = ResyncCause.NO_CLEAN_STOP
             if place.exists():
                 facts = FollowedDisk.read_facts(place)
                 wanted = (device, _disk_sequence(device), size_bytes)
@@ -76,12 +77,12 @@ class KernelTracker:
                     if self._is_followed(facts):
                         found = FollowedDisk(place, self._programs, facts, is_new=False)
                         found.adopt_retired()
-                        return found, ""
-                    why = "the kernel no longer tracked it"
+                        return found
+                    cause = ResyncCause.TRACKING_INTERRUPTED
                 else:
-                    why = "the device was away, or is another one"
+                    cause = ResyncCause.DEVICE_CHANGED
                 self._unfollow(disk)
-            return self._begin(disk, device=device, size_bytes=size_bytes), why
+            return self._begin(disk, device=device, size_bytes=size_bytes, cause=cause)
 
     def unfollow(self, disk: DiskId) -> None:
         """Ends the disk's tracking and frees its maps; no effect where it is not followed."""
@@ -137,7 +138,7 @@ class KernelTracker:
             if struct.unpack("<I", key)[0] not in {_kernel_number(device) for device in known}:
                 bpf_calls.delete(followed, key)
 
-    def _begin(self, disk: DiskId, *, device: int, size_bytes: int) -> FollowedDisk:
+    def _begin(self, disk: DiskId, *, device: int, size_bytes: int, cause: ResyncCause) -> FollowedDisk:
         taken = {facts.slot for place in self._disks.iterdir() if (facts := FollowedDisk.read_facts(place))}
         slot = next((slot for slot in range(FOLLOWED_DISKS_MAX) if slot not in taken), None)
         if slot is None:
@@ -154,7 +155,7 @@ class KernelTracker:
             remove_pins(place)
         place.mkdir(mode=0o700)
         made = FollowedDisk(place, self._programs, facts, is_new=True)
-        made.layout.mark_all(made.pending)
+        made.lose(cause)
         self._start(made)
         os.rename(place, self._disks / disk)
         return made
