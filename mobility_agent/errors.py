@@ -68,11 +68,28 @@ class NotProvedStill(LocalFault):
 
 
 class ResyncNeeded(LocalFault):
-    """A change source lost track: everything must be compared again. Fields: cause."""
+    """A change source lost track: everything must be compared again. Fields: cause (core.resync_cause)."""
 
     code = "resync-needed"
     is_retryable = True
     message = "resynchronization needed: {cause}"
+
+
+class FreezeFailed(LocalFault):
+    """The machine's file systems could not be held still for a moment. Fields: reason."""
+
+    code = "freeze-failed"
+    is_retryable = True
+    message = "no freeze: {reason}"
+
+
+class ScriptFailed(LocalFault):
+    """A script around a freeze did not succeed. Fields: script, reason."""
+
+    code = "script-failed"
+    is_retryable = True
+    message = "script {script}: {reason}"
+    hint = "Run it by hand with `freeze` and then `thaw`; the agent's log has what it wrote."
 
 
 class AgentStateDamaged(LocalFault):
