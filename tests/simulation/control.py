@@ -408,6 +408,8 @@ class SimulatedProcessServerControl(_Control):
         def take() -> ProcessServerOrders:
             self._server.on_process_server_report(report)
             self._server.take_process_server_report(self._process_server, report)
+            # why: an operator may look at any moment, and this is when a point that comes late looks best
+            self._server.report_rpo()
             return self._orders()
 
         return await self._hear(take)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from tests.simulation.directory import Operation, StorageMedium
@@ -25,6 +25,8 @@ OPERATIONS_BEFORE_DEATH_MAX: Final = 12
 CUT_BYTES_MAX: Final = 2**20
 CLOCK_STEP_SECONDS: Final = (20.0, 3600.0, 10 * 365.25 * 86400.0)
 """A clock is set wrong by up to one of these, either way."""
+CORRECTION_SECONDS: Final = 12.0
+"""Or set right by up to this."""
 STALE_SECONDS_MAX: Final = 30.0
 DAYS_AWAY_MAX: Final = 14.0
 DAYS_AWAY_PROBABILITY: Final = 0.15
@@ -100,14 +102,19 @@ time it is."""
 Fault = Callable[["World", Decision], None]
 
 
-def draw_script(seed: int, draw: random.Random, *, horizon_seconds: float, is_flood: bool) -> tuple[Swarm, Script]:
-    """All that goes wrong with this seed: faults up to the horizon, then, for some, days without the configuration
-    server, then tampering with the store."""
-    if is_flood:
+def draw_script(
+    seed: int, draw: random.Random, *, horizon_seconds: float, is_flood: bool, campaign: Sequence[Decision] = ()
+) -> tuple[Swarm, Script]:
+    """All that goes wrong with this seed: faults up to the horizon (those of the campaign, if it has one), then, for
+    some, days without the configuration server, then tampering with the store."""
+    if campaign:
+        weights = dict.fromkeys((decision.kind for decision in campaign), 1.0)
+        swarm = Swarm(weights=weights, pause_seconds=horizon_seconds / len(campaign))
+    elif is_flood:
         swarm = Swarm(weights=dict(FLOOD_WEIGHTS), pause_seconds=draw.choice((1.0, 3.0)))
     else:
-        swarm = draw_swarm(draw, sorted(FAULTS), THEMES)
-    decisions = draw_decisions(draw, swarm, end_seconds=horizon_seconds)
+        swarm = draw_swarm(draw, sorted(FAULTS.keys() - CAMPAIGN_KINDS), THEMES)
+    decisions = list(campaign) or draw_decisions(draw, swarm, end_seconds=horizon_seconds)
     afterwards = [AWAY] if draw.random() < DAYS_AWAY_PROBABILITY else []
     afterwards += [draw.choice(sorted(TAMPERINGS)) for _ in range(draw.randrange(TAMPERINGS_MAX + 1))]
     decisions += [
@@ -372,6 +379,17 @@ def _step_configuration_servers_clock(world: World, decision: Decision) -> None:
     _for_a_while(world, decision, lambda: world.server.clock.set(0))
 
 
+def _correct_configuration_servers_clock(world: World, decision: Decision) -> None:
+    world.server.clock.set(round((2 * decision.share - 1) * CORRECTION_SECONDS * 1e9))
+    _for_a_while(world, decision, lambda: world.server.clock.set(0))
+
+
+def _cut_off_process_server(world: World, decision: Decision) -> None:
+    name = _a_process_server(world, decision).name
+    world.server.cut_off.add(name)
+    _for_a_while(world, decision, lambda: world.server.cut_off.discard(name))
+
+
 def _switch_process_server(world: World, decision: Decision) -> None:
     world.server.switch_process_server(continues_reported_epoch=decision.share < 0.5)
     if decision.draw % 3 == 0:
@@ -428,6 +446,7 @@ FAULTS: Final[dict[str, Fault]] = {
     "process-server-state-failed": _fails(_process_server_state, Operation.READ, Operation.REPLACE),
     "process-server-state-disk-full": _fills_up(_process_server_state),
     "process-server-bit-flipped": _flip_bit_of_process_server,
+    "process-server-cut-off": _cut_off_process_server,
     SWITCH: _switch_process_server,
     "cache-lost": _lose_cache,
     "cache-synchronize-failed": _fails(_cache, Operation.SYNCHRONIZE),
@@ -454,6 +473,10 @@ FAULTS: Final[dict[str, Fault]] = {
     "configuration-server-held": _hold_configuration_server,
     "configuration-server-replies-lost": _lose_replies_of_configuration_server,
     "configuration-server-clock-stepped": _step_configuration_servers_clock,
+    "configuration-server-clock-corrected": _correct_configuration_servers_clock,
     "disk-unreadable": _make_disk_unreadable,
     "disk-not-still": _refuse_stillness,
 }
+
+CAMPAIGN_KINDS: Final = frozenset({"configuration-server-clock-corrected", "process-server-cut-off"})
+"""Kinds that only campaigns draw: another kind for the swarm would make another run of every seed."""

@@ -19,6 +19,7 @@ from mobility_agent.service import AgentLimits
 from process_server.settings import ProcessServerLimits
 from protocol.operator_messages import Rpo
 from protocol.vocabulary import FRAME_RAW_BYTES_MAX, DiskId
+from tests.simulation.campaigns import draw_campaign
 from tests.simulation.control import ConfigurationServer, LedgerPoint
 from tests.simulation.disk import SimulatedDisk, Workload
 from tests.simulation.faults import AWAY, SWITCH, draw_script, heal_everything, play
@@ -94,11 +95,13 @@ class World:
         keys = self._stream("keys")
         self._signing_keys = [Ed25519PrivateKey.from_private_bytes(keys.randbytes(32)) for _ in PROCESS_SERVERS]
         self._draw_sizes(self._stream("sizes"))
+        is_flood = self.workload is FLOOD
         self.swarm, drawn = draw_script(
             seed,
             self._stream("faults"),
             horizon_seconds=self.horizon_seconds,
-            is_flood=self.workload is FLOOD,
+            is_flood=is_flood,
+            campaign=draw_campaign(self._stream("campaign"), horizon_seconds=self.horizon_seconds, is_flood=is_flood),
         )
         self.script = drawn if script is None else script
         self.network = Network(self.loop, self._stream("network"))

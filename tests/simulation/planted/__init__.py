@@ -58,6 +58,7 @@ PLANTED_FAULTS: Final[dict[str, PlantedFault]] = {
         11,
         process_server.state_points_at_durable,
         process_server.believe_what_the_disk_says,
+        vault.believe_the_list,
         agent.date_by_the_own_clock,
         process_server.tell_the_own_clock,
         process_server.compare_instants_of_different_clocks,
@@ -70,7 +71,6 @@ PLANTED_FAULTS: Final[dict[str, PlantedFault]] = {
         process_server.try_uploads_once,
         process_server.give_away_the_kept_room,
         process_server.never_follow_a_clock_back,
-        vault.believe_the_list,
     ),
     **_breaks(
         14,
