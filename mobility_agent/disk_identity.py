@@ -127,6 +127,16 @@ def whole_disks() -> list[str]:
     return found
 
 
+def file_system_places(read_at: ReadAt, sector_bytes: int) -> list[tuple[int, bool]]:
+    """Where something lies on the disk, in bytes, and whether it is a file system that is known here."""
+    found = _gpt(read_at, sector_bytes) or _mbr(read_at, sector_bytes)
+    starts = [0] if found is None else found[1]
+    return [
+        (start, start <= DISK_SIZE_BYTES_MAX and _file_system_uuid(read_at, start) is not None)
+        for start in sorted(set(starts))
+    ]
+
+
 def _contents(read_at: ReadAt, sector_bytes: int) -> tuple[str | None, tuple[str, ...]]:
     """(partition table's mark, file systems' UUIDs, sorted) as the disk's own sectors say."""
     table, starts = _gpt(read_at, sector_bytes) or _mbr(read_at, sector_bytes) or (None, [])

@@ -76,6 +76,8 @@ class StartFacts:
     disk: DiskId
     size_bytes: int
     block_bytes: int
+    mark_bytes: int
+    """The length of its marks."""
     boot_id: bytes
     identity: bytes
     witnesses: bytes | None
@@ -96,7 +98,10 @@ _AT_STOP: Final[tuple[tuple[Callable[[StopFacts], bool], ResyncCause], ...]] = (
 )
 _AT_START: Final[tuple[tuple[Callable[[Marker, StartFacts], bool], ResyncCause], ...]] = (
     (lambda marker, facts: marker.boot_id == facts.boot_id, ResyncCause.MARKER_OF_THIS_BOOT),
-    (lambda marker, facts: _disk_of(marker) != _disk_of(facts), ResyncCause.MARKER_OF_ANOTHER_DISK),
+    (
+        lambda marker, facts: _disk_of(marker, len(marker.marks)) != _disk_of(facts, facts.mark_bytes),
+        ResyncCause.MARKER_OF_ANOTHER_DISK,
+    ),
     (
         lambda _, facts: bool(not facts.counts_io or facts.sectors_written or facts.writes_in_flight),
         ResyncCause.WRITTEN_BEFORE_TRACKING,
@@ -174,5 +179,5 @@ def _decode(data: bytes) -> Marker:
     )
 
 
-def _disk_of(found: Marker | StartFacts) -> tuple[DiskId, int, int, bytes]:
-    return found.disk, found.size_bytes, found.block_bytes, found.identity
+def _disk_of(found: Marker | StartFacts, mark_bytes: int) -> tuple[DiskId, int, int, bytes, int]:
+    return found.disk, found.size_bytes, found.block_bytes, found.identity, mark_bytes

@@ -162,12 +162,7 @@ class BitmapSource:
             facts.audit_base = AuditBase.of(reading)
 
     def _check_counters(self, now: Counters) -> None:
-        facts = self._tracked.facts
-        causes = (
-            (now.pass_through > facts.pass_through, ResyncCause.COMMAND_PAST_BLOCK_LAYER),
-            (now.beyond_end > facts.beyond_end, ResyncCause.WRITE_BEHIND_END),
-        )
-        lost = next((cause for has_happened, cause in causes if has_happened), None)
+        facts, lost = self._tracked.facts, self._tracked.unplaced_changes(now)
         self._mark_again(lost, is_needed=now.never_completed > facts.never_completed)
         # why: marked before what was concluded is kept: whoever is killed in between concludes it again
         facts.pass_through, facts.beyond_end = now.pass_through, now.beyond_end

@@ -185,6 +185,27 @@ class FollowedDisk:
         self.facts.resync_cause = cause
         self.write_facts()
 
+    def take_up(self, marks: bytes) -> None:
+        """Tracking goes on from these marks, which all_marks() of such a disk gave when it ended."""
+        # why: whoever is killed in between has everything pending, and no cause to compare it in a new epoch
+        self.facts.resync_cause = ""
+        self.write_facts()
+        self.pending[:] = numpy.frombuffer(marks, numpy.uint8)
+
+    def all_marks(self) -> bytes:
+        """All that was marked and is not in the ledger yet, or may have been read too early."""
+        found = self.pending | self.unaudited
+        for kind in (Marks.COMPLETION, Marks.SUBMISSION):
+            for parity in (0, 1):
+                found |= self._maps[_name(kind, parity)].bits
+        return found.tobytes()
+
+    def unplaced_changes(self, now: Counters) -> ResyncCause | None:
+        """Whether something changed since it was last asked that nobody knows the place of."""
+        if now.pass_through > self.facts.pass_through:
+            return ResyncCause.COMMAND_PAST_BLOCK_LAYER
+        return ResyncCause.WRITE_BEHIND_END if now.beyond_end > self.facts.beyond_end else None
+
     def put_in_use(self) -> None:
         """The maps that were in use before, or the first ones, for programs that know nothing of them yet."""
         for kind in Marks:

@@ -68,21 +68,18 @@ class KernelTracker:
         Where its tracking did not go on all the while, everything is pending, and its facts have the cause.
         """
         with self._lock:
-            place = self._disks / disk
-            cause = ResyncCause.NO_CLEAN_STOP
-            if place.exists():
-                facts = FollowedDisk.read_facts(place)
-                wanted = (device, _disk_sequence(device), size_bytes)
-                if facts is not None and (facts.device, facts.disk_sequence, facts.size_bytes) == wanted:
-                    if self._is_followed(facts):
-                        found = FollowedDisk(place, self._programs, facts, is_new=False)
-                        found.adopt_retired()
-                        return found
-                    cause = ResyncCause.TRACKING_INTERRUPTED
-                else:
-                    cause = ResyncCause.DEVICE_CHANGED
-                self._unfollow(disk)
-            return self._begin(disk, device=device, size_bytes=size_bytes, cause=cause)
+            found = self._find(disk, device=device, size_bytes=size_bytes)
+            if isinstance(found, FollowedDisk):
+                found.adopt_retired()
+                return found
+            self._unfollow(disk)
+            return self._begin(disk, device=device, size_bytes=size_bytes, cause=found)
+
+    def followed(self, disk: DiskId, *, device: int, size_bytes: int) -> FollowedDisk | None:
+        """The disk's maps, for looking only; None where its tracking did not go on all the while."""
+        with self._lock:
+            found = self._find(disk, device=device, size_bytes=size_bytes)
+            return found if isinstance(found, FollowedDisk) else None
 
     def unfollow(self, disk: DiskId) -> None:
         """Ends the disk's tracking and frees its maps; no effect where it is not followed."""
@@ -137,6 +134,18 @@ class KernelTracker:
         for key in list(bpf_calls.keys(followed, key_bytes=4)):
             if struct.unpack("<I", key)[0] not in {_kernel_number(device) for device in known}:
                 bpf_calls.delete(followed, key)
+
+    def _find(self, disk: DiskId, *, device: int, size_bytes: int) -> FollowedDisk | ResyncCause:
+        place = self._disks / disk
+        if not place.exists():
+            return ResyncCause.NO_CLEAN_STOP
+        facts = FollowedDisk.read_facts(place)
+        wanted = (device, _disk_sequence(device), size_bytes)
+        if facts is None or (facts.device, facts.disk_sequence, facts.size_bytes) != wanted:
+            return ResyncCause.DEVICE_CHANGED
+        if not self._is_followed(facts):
+            return ResyncCause.TRACKING_INTERRUPTED
+        return FollowedDisk(place, self._programs, facts, is_new=False)
 
     def _begin(self, disk: DiskId, *, device: int, size_bytes: int, cause: ResyncCause) -> FollowedDisk:
         taken = {facts.slot for place in self._disks.iterdir() if (facts := FollowedDisk.read_facts(place))}

@@ -6,6 +6,7 @@ Losing the better source demotes to the scan, never to nothing, unless the opera
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
@@ -18,6 +19,7 @@ from mobility_agent.tracking.abilities import disk_abilities, machine_abilities
 from mobility_agent.tracking.bitmap import BitmapSource
 from mobility_agent.tracking.change_source import ChangeSource
 from mobility_agent.tracking.kernel_tracker import KernelTracker, remove_pins
+from mobility_agent.tracking.restart import Restarts, marker_name, this_boot
 from mobility_agent.tracking.scan import ScanSource
 from protocol.vocabulary import DiskId
 from runtime.directory import DurableDirectory
@@ -28,9 +30,12 @@ log = structlog.get_logger(__name__)
 class SourceSelection:
     """For all disks of one agent. Calls block; they may come from several threads."""
 
-    def __init__(self, wanted: WantedSource, pin_directory: Path) -> None:
+    def __init__(
+        self, wanted: WantedSource, pin_directory: Path, *, read_boot_id: Callable[[], bytes] = this_boot
+    ) -> None:
         """pin_directory: in a BPF file system, this agent's alone."""
         self._wanted = wanted
+        self._read_boot_id = read_boot_id
         self._directory = pin_directory
         self._tracker = KernelTracker(pin_directory)
 
@@ -53,6 +58,8 @@ class SourceSelection:
                 reason = f"tracking could not begin: {error}"
                 if self._wanted is WantedSource.BITMAP:
                     raise DiskNotSupported(path=path, reason=reason) from error
+        # why: what is written from now on is marked nowhere
+        directory.remove(marker_name(disk))
         try:
             self.forget(disk)
         except DiskNotSupported as error:
@@ -85,13 +92,12 @@ class SourceSelection:
         self, disk: DiskId, source: SourceDisk, directory: DurableDirectory, draw_random: DrawRandom
     ) -> BitmapSource:
         assert isinstance(source, LocalDisk)
-        device = source.device
-        assert device is not None
         self._tracker.open()
+        restarts = Restarts(directory=directory, boot_id=self._read_boot_id())
         return BitmapSource(
             disk=disk,
             source=source,
             directory=directory,
             draw_random=draw_random,
-            follow=lambda: self._tracker.follow(disk, device=device, size_bytes=source.size_bytes),
+            follow=lambda: restarts.follow(self._tracker, disk, source),
         )

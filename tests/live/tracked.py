@@ -11,6 +11,7 @@ from mobility_agent.disk_reader import LocalDisk
 from mobility_agent.errors import ResyncNeeded
 from mobility_agent.tracking.bitmap import BitmapSource
 from mobility_agent.tracking.change_source import Round, RoundEnd, SourceFrame
+from mobility_agent.tracking.followed_disk import FollowedDisk
 from mobility_agent.tracking.kernel_tracker import KernelTracker
 from protocol.vocabulary import FRAME_RAW_BYTES_MAX, ChangeKind, DiskId
 from runtime.local_directory import LocalDirectory
@@ -49,16 +50,18 @@ class TrackedDisk:
         self.tracker.open()
         self.disk = LocalDisk(str(self.device), expected=None)
         self.copy = self.copy or bytearray(self.disk.size_bytes)
-        device = os.stat(self.device).st_rdev
         self.source = BitmapSource(
             disk=DISK,
             source=self.disk,
             directory=LocalDirectory(self._state),
             draw_random=os.urandom,
-            follow=lambda: self.tracker.follow(DISK, device=device, size_bytes=self.disk.size_bytes),
+            follow=self.follow,
         )
         if not self.source.restore(self.epoch, (), sent_sequence=self.sequence):
             self.enter_epoch()
+
+    def follow(self) -> FollowedDisk:
+        return self.tracker.follow(DISK, device=os.stat(self.device).st_rdev, size_bytes=self.disk.size_bytes)
 
     def enter_epoch(self) -> None:
         self.epoch += 1

@@ -1,0 +1,521 @@
+"""Restarts of the machine: a clean one is gone over without comparing anything, any other compares, and says why.
+
+A restart is simulated: the pins go, the loop device goes and another one comes, whose counts begin at zero, and the
+kernel gets another name for its run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+
+from mobility_agent.core.resync_cause import ResyncCause
+from mobility_agent.disk_reader import LocalDisk
+from mobility_agent.errors import ResyncNeeded
+from mobility_agent.tracking import restart
+from mobility_agent.tracking.followed_disk import FollowedDisk
+from mobility_agent.tracking.kernel_tracker import KernelTracker, remove_pins
+from mobility_agent.tracking.restart import Restarts, marker_name
+from mobility_agent.tracking.witnesses import read_witnesses
+from runtime.local_directory import LocalDirectory
+from tests.deploy.needed_tools import not_here
+from tests.live.block_devices import bpf_file_system, mounted, need_root, run
+from tests.live.tracked import DISK, MIB, TrackedDisk
+
+BLOCK = 4096
+SIZE_BYTES = 64 * MIB
+LOOP_CONTROL_ADD, LOOP_CONTROL_REMOVE = 0x4C80, 0x4C81
+"""Of linux/loop.h."""
+FIRST_NUMBER = 700
+"""Of loop devices that nobody else makes."""
+_numbers = itertools.count(FIRST_NUMBER + os.getpid() % 1000 * 100)
+
+
+class Machine:
+    """One disk, the agent's state, and as many runs of a machine as wanted."""
+
+    def __init__(self, place: Path, pins: Path) -> None:
+        self.place = place
+        self.state = place / "state"
+        self.device = Path("/dev/loop-none")
+        self.boot_id = os.urandom(16)
+        self._pins = pins
+        self._number = 0
+        self._backing = place / "disk.img"
+        self._backing.touch()
+        os.truncate(self._backing, SIZE_BYTES)
+
+    def plug_in(self) -> None:
+        """A device that has never been written to, as far as the kernel knows."""
+        self._number = next(_numbers)
+        _control(LOOP_CONTROL_ADD, self._number)
+        self.device = Path(f"/dev/loop{self._number}")
+        run("losetup", self.device, self._backing)
+
+    def unplug(self) -> None:
+        run("losetup", "--detach", self.device)
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                _control(LOOP_CONTROL_REMOVE, self._number)
+                return
+            except OSError:
+                # why: it is let go of when its last user has closed it
+                if time.monotonic() > deadline:
+                    raise
+
+    def restart(self, meanwhile: Callable[[Path], object] | None = None) -> None:
+        """meanwhile: what another system does to the device while this one is down."""
+        remove_pins(self._pins)
+        self.unplug()
+        if meanwhile is not None:
+            self.plug_in()
+            meanwhile(self.device)
+            self.unplug()
+        self.boot_id = os.urandom(16)
+        self.plug_in()
+
+    @property
+    def restarts(self) -> Restarts:
+        return Restarts(directory=LocalDirectory(self.state), boot_id=self.boot_id)
+
+    def note_stop(self) -> ResyncCause | None:
+        """As the last unit of a shutdown does it."""
+        tracker, disk = KernelTracker(self._pins), LocalDisk(str(self.device), expected=None)
+        tracker.open()
+        try:
+            return self.restarts.note_stop(tracker, DISK, disk)
+        finally:
+            disk.close()
+            tracker.close()
+
+    def begin_tracking(self) -> None:
+        """As the first unit of a boot does it."""
+        tracker, disk = KernelTracker(self._pins), LocalDisk(str(self.device), expected=None)
+        tracker.open()
+        try:
+            self.restarts.follow(tracker, DISK, disk).close()
+        finally:
+            disk.close()
+            tracker.close()
+
+
+class Agent(TrackedDisk):
+    """An agent that takes tracking over restarts."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        super().__init__(machine.device, machine.state, machine._pins)
+
+    def open(self) -> None:
+        self.device = self.machine.device
+        super().open()
+
+    def follow(self) -> FollowedDisk:
+        return self.machine.restarts.follow(self.tracker, DISK, self.disk)
+
+
+def _control(command: int, number: int) -> None:
+    descriptor = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(descriptor, command, number)
+    finally:
+        os.close(descriptor)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    need_root()
+    # why: a machine for tests may hide its first process; on no other may anything be hidden
+    users = restart.open_for_writing
+    hidden = "process 1 cannot be looked at"
+    monkeypatch.setattr(restart, "open_for_writing", lambda device: tuple(set(users(device)) - {hidden}))
+    with bpf_file_system(tmp_path / "bpf") as pins:
+        made = Machine(tmp_path, pins)
+        made.plug_in()
+        try:
+            run("mkfs.ext4", "-q", "-F", made.device)
+            made.restart()
+            yield made
+        finally:
+            made.unplug()
+
+
+@pytest.fixture
+def agent(machine: Machine) -> Iterator[Agent]:
+    """Whose disk, an ext4, was changed after its first round."""
+    agent = Agent(machine)
+    try:
+        agent.round_or_resync()
+        change(agent, "before")
+        yield agent
+    finally:
+        with contextlib.suppress(OSError):
+            agent.close()
+
+
+def change(agent: Agent, name: str) -> None:
+    with mounted(agent.device, agent.machine.place / "mnt") as place:
+        (place / name).write_bytes(os.urandom(MIB))
+
+
+def write(device: Path, offset: int, data: bytes) -> None:
+    descriptor = os.open(device, os.O_WRONLY | os.O_SYNC)
+    try:
+        os.pwrite(descriptor, data, offset)
+    finally:
+        os.close(descriptor)
+
+
+def stop(agent: Agent) -> None:
+    agent.close()
+
+
+def changed_bytes(agent: Agent) -> int:
+    return BLOCK * len(agent.differing_blocks(BLOCK))
+
+
+def expect_resync(agent: Agent, cause: ResyncCause) -> None:
+    """Everything is compared, only what differs is sent, and then the copy is the disk."""
+    differing = len({offset // 65536 for offset in agent.differing_blocks(BLOCK)})
+    with pytest.raises(ResyncNeeded, match=f" {cause}$"):
+        agent.round()
+    epoch = agent.epoch
+    agent.enter_epoch()
+    told = agent.round()
+    assert agent.epoch == epoch + 1
+    assert told.read_bytes == SIZE_BYTES
+    assert told.sent_bytes <= 65536 * differing
+    assert agent.differing_blocks() == []
+    print(f"\nresync {cause}: read {told.read_bytes}, sent {told.sent_bytes} bytes of {differing} differing blocks")
+
+
+def test_after_a_clean_stop_tracking_goes_on_and_nothing_is_compared(agent: Agent) -> None:
+    machine = agent.machine
+    agent.round()
+    change(agent, "unsent")
+    unsent = changed_bytes(agent)
+    assert unsent >= MIB
+    stop(agent)
+    assert machine.note_stop() is None
+    machine.restart()
+    machine.begin_tracking()
+    change(agent_at(agent), "after")
+    agent.open()
+    told = agent.round()
+    assert agent.epoch == 1, "no resynchronization"
+    assert agent.differing_blocks() == [], "nothing is lost, neither of before nor of after the restart"
+    assert told.read_bytes < SIZE_BYTES // 4
+
+
+def agent_at(agent: Agent) -> Agent:
+    agent.device = agent.machine.device
+    return agent
+
+
+def test_several_clean_restarts_carry_what_was_not_sent(agent: Agent) -> None:
+    """No agent runs meanwhile."""
+    machine = agent.machine
+    stop(agent)
+    for number in range(3):
+        assert machine.note_stop() is None
+        machine.restart()
+        machine.begin_tracking()
+        change(agent_at(agent), f"boot {number}")
+    agent.open()
+    agent.round()
+    assert agent.epoch == 1
+    assert agent.differing_blocks() == []
+
+
+def test_an_unclean_stop_sends_only_what_differs(agent: Agent) -> None:
+    machine = agent.machine
+    stop(agent)
+    machine.restart()
+    agent.open()
+    expect_resync(agent, ResyncCause.NO_CLEAN_STOP)
+
+
+def test_a_marker_is_believed_once(agent: Agent) -> None:
+    """A crash after a clean restart: the marker of before it is gone."""
+    machine = agent.machine
+    stop(agent)
+    assert machine.note_stop() is None
+    machine.restart()
+    machine.begin_tracking()
+    assert not (machine.state / marker_name(DISK)).exists(), "gone before anything was written"
+    change(agent_at(agent), "lost")
+    machine.restart()
+    agent.open()
+    expect_resync(agent, ResyncCause.NO_CLEAN_STOP)
+
+
+def test_a_start_that_ends_before_it_judged_leaves_nothing_to_believe(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = agent.machine
+    stop(agent)
+    assert machine.note_stop() is None
+    machine.restart()
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("judge_start", "read_witnesses"):
+        with monkeypatch.context() as patched:
+            patched.setattr(restart, name, end)
+            with pytest.raises(KeyboardInterrupt):
+                machine.begin_tracking()
+    agent.open()
+    expect_resync(agent, ResyncCause.NO_CLEAN_STOP)
+
+
+def test_a_cause_outlives_an_agent_that_ends_before_the_new_epoch(agent: Agent) -> None:
+    machine = agent.machine
+    stop(agent)
+    machine.note_stop()
+    machine.restart(lambda device: write(device, 1024 + 48, b"\xff\xff"))
+    for _ in range(2):
+        agent.open()
+        with pytest.raises(ResyncNeeded, match="changed_while_down"):
+            agent.round()
+        stop(agent)
+    agent.open()
+    expect_resync(agent, ResyncCause.CHANGED_WHILE_DOWN)
+
+
+@contextlib.contextmanager
+def in_passing(device: Path) -> Iterator[Path]:
+    """Mounted for a moment."""
+    with tempfile.TemporaryDirectory() as place, mounted(device, Path(place)) as mount:
+        yield mount
+
+
+def mount_and_write(device: Path) -> None:
+    with in_passing(device) as place:
+        (place / "elsewhere").write_bytes(os.urandom(BLOCK))
+
+
+def test_another_system_that_mounted_the_disk_meanwhile_is_noticed(agent: Agent) -> None:
+    machine = agent.machine
+    stop(agent)
+    assert machine.note_stop() is None
+    machine.restart(mount_and_write)
+    machine.begin_tracking()
+    agent.open()
+    expect_resync(agent, ResyncCause.CHANGED_WHILE_DOWN)
+
+
+def test_a_disk_that_was_restored_meanwhile_is_noticed(agent: Agent) -> None:
+    machine = agent.machine
+    older = (machine.place / "disk.img").read_bytes()
+    change(agent, "newer")
+    agent.round()
+    stop(agent)
+    assert machine.note_stop() is None
+    machine.restart(lambda device: write(device, 0, older))
+    agent.open()
+    expect_resync(agent, ResyncCause.CHANGED_WHILE_DOWN)
+
+
+def test_a_disk_that_is_mounted_before_tracking_begins_is_compared(agent: Agent) -> None:
+    machine = agent.machine
+    stop(agent)
+    assert machine.note_stop() is None
+    machine.restart()
+    with mounted(machine.device, machine.place / "mnt"):
+        agent.open()
+        with pytest.raises(ResyncNeeded, match="written_before_tracking"):
+            agent.round()
+        agent.enter_epoch()
+        agent.round()
+    agent.round()
+    assert agent.differing_blocks() == []
+
+
+def test_a_disk_that_is_mounted_without_any_write_is_compared_as_well(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = agent.machine
+    stop(agent)
+    assert machine.note_stop() is None
+    machine.restart()
+    monkeypatch.setattr(restart, "writable_mounts_and_swap", lambda device: ("mounted at /srv",))
+    agent.open()
+    expect_resync(agent, ResyncCause.IN_USE_BEFORE_TRACKING)
+
+
+def test_a_disk_whose_writes_are_not_counted_is_compared(agent: Agent) -> None:
+    machine = agent.machine
+    stop(agent)
+    assert machine.note_stop() is None
+    machine.restart()
+    switch = Path("/sys/block") / machine.device.name / "queue/iostats"
+    switch.write_text("0")
+    agent.open()
+    expect_resync(agent, ResyncCause.WRITTEN_BEFORE_TRACKING)
+
+
+def test_a_marker_of_this_very_boot_is_not_believed(agent: Agent) -> None:
+    """The package was removed and installed again while the machine went on."""
+    machine = agent.machine
+    stop(agent)
+    assert machine.note_stop() is None
+    boot_id = machine.boot_id
+    machine.restart()
+    machine.boot_id = boot_id
+    agent.open()
+    expect_resync(agent, ResyncCause.MARKER_OF_THIS_BOOT)
+
+
+def test_a_marker_of_another_disk_is_not_believed(agent: Agent) -> None:
+    machine = agent.machine
+    stop(agent)
+    assert machine.note_stop() is None
+    machine.restart(lambda device: write(device, 1024 + 104, os.urandom(16)))
+    agent.open()
+    expect_resync(agent, ResyncCause.MARKER_OF_ANOTHER_DISK)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:100] + bytes(len(data) - 100)])
+def test_a_torn_marker_is_not_believed(agent: Agent, damage: Callable[[bytes], bytes]) -> None:
+    machine = agent.machine
+    stop(agent)
+    assert machine.note_stop() is None
+    marker = machine.state / marker_name(DISK)
+    marker.write_bytes(damage(marker.read_bytes()))
+    machine.restart()
+    agent.open()
+    expect_resync(agent, ResyncCause.MARKER_DAMAGED)
+
+
+@contextlib.contextmanager
+def opened(device: Path) -> Iterator[None]:
+    """By another process, for writing."""
+    with subprocess.Popen(["sh", "-c", f"exec 9<>{device}; echo; exec cat"], stdin=-1, stdout=-1) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdout.readline()
+            yield
+        finally:
+            process.stdin.close()
+
+
+@contextlib.contextmanager
+def written_meanwhile(device: Path) -> Iterator[None]:
+    """While its marks are read."""
+    read = restart.read_witnesses
+
+    def read_and_write(source: LocalDisk) -> bytes | None:
+        write(device, 40 * MIB, os.urandom(BLOCK))
+        return read(source)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(restart, "read_witnesses", read_and_write)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("using", "cause"),
+    [
+        (in_passing, ResyncCause.IN_USE_AT_STOP),
+        (opened, ResyncCause.IN_USE_AT_STOP),
+        (written_meanwhile, ResyncCause.RESTLESS_AT_STOP),
+    ],
+    ids=["mounted", "open", "written to"],
+)
+def test_a_disk_that_is_in_use_at_the_stop_is_compared_afterwards(
+    agent: Agent, using: Callable[[Path], contextlib.AbstractContextManager[object]], cause: ResyncCause
+) -> None:
+    machine = agent.machine
+    stop(agent)
+    with using(machine.device):
+        assert machine.note_stop() is cause
+    machine.restart()
+    machine.begin_tracking()
+    agent.open()
+    expect_resync(agent, cause)
+
+
+@pytest.mark.parametrize("contents", ["nothing", "swap", "a volume group"])
+def test_a_disk_that_would_not_show_who_writes_to_it_is_compared(agent: Agent, contents: str) -> None:
+    machine = agent.machine
+    run("wipefs", "--all", "--quiet", machine.device)
+    if contents == "swap":
+        run("mkswap", machine.device)
+    elif contents == "a volume group":
+        write(machine.device, 512, b"LABELONE" + bytes(16) + b"LVM2 001")
+    agent.round()
+    stop(agent)
+    assert machine.note_stop() is ResyncCause.UNWITNESSED_CONTENTS
+    machine.restart()
+    machine.begin_tracking()
+    agent.open()
+    expect_resync(agent, ResyncCause.UNWITNESSED_CONTENTS)
+
+
+def test_a_stop_after_track_was_lost_tells_its_cause(agent: Agent) -> None:
+    machine = agent.machine
+    agent.source._tracked.lose(ResyncCause.WRITES_MISSED)
+    stop(agent)
+    assert machine.note_stop() is ResyncCause.WRITES_MISSED
+    machine.restart()
+    machine.begin_tracking()
+    agent.open()
+    expect_resync(agent, ResyncCause.WRITES_MISSED)
+
+
+def test_a_disk_that_is_not_tracked_gets_no_marker(agent: Agent) -> None:
+    machine = agent.machine
+    stop(agent)
+    remove_pins(machine._pins)
+    assert machine.note_stop() is ResyncCause.NO_CLEAN_STOP
+    assert not (machine.state / marker_name(DISK)).exists()
+
+
+@pytest.mark.parametrize("kind", ["ext2", "ext3", "ext4", "xfs", "btrfs"])
+def test_the_witnesses_change_with_whatever_a_mount_changes(tmp_path: Path, kind: str) -> None:
+    """And not without: what they are digests of is all that another system cannot leave as it was."""
+    need_root()
+    if not any(Path(folder, f"mkfs.{kind}").exists() for folder in ("/sbin", "/usr/sbin")):
+        not_here(f"mkfs.{kind} is not installed")
+    backing = tmp_path / "disk.img"
+    backing.touch()
+    os.truncate(backing, 320 * MIB)
+    device = Path(run("losetup", "--direct-io=on", "--find", "--show", backing))
+    try:
+        run(f"mkfs.{kind}", "-q", *(["-F"] if kind.startswith("ext") else ["-f"]), device)
+        with mounted(device, tmp_path / "mnt") as place:
+            (place / "file").write_bytes(os.urandom(MIB))
+        seen = {both(device, backing)}
+        for options in ("ro", "rw", "rw,noatime"):
+            with mounted(device, tmp_path / "mnt", "-o", options) as place:
+                (place / "file").read_bytes()
+            seen.add(both(device, backing))
+        with mounted(device, tmp_path / "mnt", "-o", "noatime") as place, open(place / "file", "r+b") as file:
+            file.write(os.urandom(BLOCK))
+        seen.add(both(device, backing))
+        assert len({contents for contents, _ in seen}) > 1
+        assert len({witnesses for _, witnesses in seen}) == len({contents for contents, _ in seen}) == len(seen)
+    finally:
+        run("losetup", "--detach", device)
+
+
+def both(device: Path, backing: Path) -> tuple[bytes, bytes | None]:
+    """(digest of all that the device holds, its witnesses)"""
+    disk = LocalDisk(str(device), expected=None)
+    try:
+        return blake3(backing.read_bytes()).digest(), read_witnesses(disk)
+    finally:
+        disk.close()
