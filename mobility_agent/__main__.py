@@ -15,6 +15,7 @@ from mobility_agent.disk_reader import identify
 from mobility_agent.errors import AgentNotRunning
 from mobility_agent.program import LOCK_FILE, PROGRAM, AgentProgram
 from mobility_agent.protection import Protection, read_protection, write_protection
+from mobility_agent.restarts import begin_tracking, note_stop
 from mobility_agent.settings import AgentSettings
 from mobility_agent.status import records_at_rest
 from protocol.vocabulary import Role
@@ -133,6 +134,24 @@ def run(loaded: Loaded[AgentSettings]) -> ExitCode:
 def scan_now(loaded: Loaded[AgentSettings], output: Output) -> None:
     """Begin the next round of every disk at once, without waiting for its interval."""
     _show(output, asyncio.run(ask(loaded.settings.state_directory, Request(command="scan-now"))))
+
+
+@main.command("begin-tracking")
+@_directory_option
+@with_settings(AgentSettings, PROGRAM, flags=_FLAGS)
+def begin_tracking_command(loaded: Loaded[AgentSettings]) -> None:
+    """Early in a boot, before anything is mounted: track the protected disks. For a unit, not for people."""
+    configure_logs(loaded.settings.log, program=PROGRAM)
+    begin_tracking(loaded.settings)
+
+
+@main.command("note-stop")
+@_directory_option
+@with_settings(AgentSettings, PROGRAM, flags=_FLAGS)
+def note_stop_command(loaded: Loaded[AgentSettings]) -> None:
+    """Last in a shutdown, after all was unmounted: note what was not sent yet. For a unit, not for people."""
+    configure_logs(loaded.settings.log, program=PROGRAM)
+    note_stop(loaded.settings)
 
 
 @main.command("status")

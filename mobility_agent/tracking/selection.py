@@ -48,18 +48,16 @@ class SourceSelection:
         self, disk: DiskId, path: str, source: SourceDisk, *, directory: DurableDirectory, draw_random: DrawRandom
     ) -> ChangeSource:
         choice = self.choose(source)
-        if choice.is_refused:
-            raise DiskNotSupported(path=path, reason=f"it cannot be tracked, as wanted: {choice.reason}")
-        reason = choice.reason
+        reason, is_refused = choice.reason, choice.is_refused
         if choice.source == "bitmap":
             try:
                 return self._open_bitmap(disk, source, directory, draw_random)
             except OSError as error:
-                reason = f"tracking could not begin: {error}"
-                if self._wanted is WantedSource.BITMAP:
-                    raise DiskNotSupported(path=path, reason=reason) from error
+                reason, is_refused = f"tracking could not begin: {error}", self._wanted is WantedSource.BITMAP
         # why: what is written from now on is marked nowhere
         directory.remove(marker_name(disk))
+        if is_refused:
+            raise DiskNotSupported(path=path, reason=f"it cannot be tracked, as wanted: {reason}")
         try:
             self.forget(disk)
         except DiskNotSupported as error:
@@ -81,9 +79,28 @@ class SourceSelection:
         except OSError as error:
             raise DiskNotSupported(path=disk, reason=f"its tracking cannot be ended: {error}") from error
 
+    def begin(self, disk: DiskId, source: LocalDisk, *, directory: DurableDirectory) -> None:
+        """Tracks the disk from now on, for an agent that opens it later. Raises OSError, DiskFault."""
+        if self.choose(source).source != "bitmap":
+            directory.remove(marker_name(disk))
+            return
+        self._tracker.open()
+        self._restarts(directory).follow(self._tracker, disk, source).close()
+
+    def note_stop(self, disk: DiskId, source: LocalDisk, *, directory: DurableDirectory) -> None:
+        """For the very end of a shutdown (Restarts.note_stop). Raises OSError, DiskFault."""
+        directory.remove(marker_name(disk))
+        # why: nothing is to be attached now that was not before
+        if self.choose(source).source == "bitmap" and (self._directory / "disks" / disk).is_dir():
+            self._tracker.open()
+            self._restarts(directory).note_stop(self._tracker, disk, source)
+
     def close(self) -> None:
         """Tracking goes on without this process."""
         self._tracker.close()
+
+    def _restarts(self, directory: DurableDirectory) -> Restarts:
+        return Restarts(directory=directory, boot_id=self._read_boot_id())
 
     def _machine(self) -> MachineAbilities:
         return machine_abilities(self._directory)
@@ -93,7 +110,7 @@ class SourceSelection:
     ) -> BitmapSource:
         assert isinstance(source, LocalDisk)
         self._tracker.open()
-        restarts = Restarts(directory=directory, boot_id=self._read_boot_id())
+        restarts = self._restarts(directory)
         return BitmapSource(
             disk=disk,
             source=source,

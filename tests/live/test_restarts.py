@@ -7,6 +7,7 @@ kernel gets another name for its run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import itertools
 import os
@@ -19,14 +20,20 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
+from mobility_agent import restarts
 from mobility_agent.core.resync_cause import ResyncCause
-from mobility_agent.disk_reader import LocalDisk
-from mobility_agent.errors import ResyncNeeded
+from mobility_agent.core.tracking_choice import WantedSource
+from mobility_agent.disk_reader import LocalDisk, identify
+from mobility_agent.errors import DiskNotSupported, ResyncNeeded
+from mobility_agent.protection import ProtectedDisk, Protection, write_protection
+from mobility_agent.settings import AgentSettings
 from mobility_agent.tracking import restart
 from mobility_agent.tracking.followed_disk import FollowedDisk
 from mobility_agent.tracking.kernel_tracker import KernelTracker, remove_pins
 from mobility_agent.tracking.restart import Restarts, marker_name
+from mobility_agent.tracking.selection import SourceSelection
 from mobility_agent.tracking.witnesses import read_witnesses
+from protocol.vocabulary import DiskId
 from runtime.local_directory import LocalDirectory
 from tests.deploy.needed_tools import not_here
 from tests.live.block_devices import bpf_file_system, mounted, need_root, run
@@ -85,13 +92,16 @@ class Machine:
         self.boot_id = os.urandom(16)
         self.plug_in()
 
+    def open_disk(self) -> LocalDisk:
+        return LocalDisk(str(self.device), expected=None)
+
     @property
     def restarts(self) -> Restarts:
         return Restarts(directory=LocalDirectory(self.state), boot_id=self.boot_id)
 
     def note_stop(self) -> ResyncCause | None:
         """As the last unit of a shutdown does it."""
-        tracker, disk = KernelTracker(self._pins), LocalDisk(str(self.device), expected=None)
+        tracker, disk = KernelTracker(self._pins), self.open_disk()
         tracker.open()
         try:
             return self.restarts.note_stop(tracker, DISK, disk)
@@ -101,7 +111,7 @@ class Machine:
 
     def begin_tracking(self) -> None:
         """As the first unit of a boot does it."""
-        tracker, disk = KernelTracker(self._pins), LocalDisk(str(self.device), expected=None)
+        tracker, disk = KernelTracker(self._pins), self.open_disk()
         tracker.open()
         try:
             self.restarts.follow(tracker, DISK, disk).close()
@@ -519,3 +529,95 @@ def both(device: Path, backing: Path) -> tuple[bytes, bytes | None]:
         return blake3(backing.read_bytes()).digest(), read_witnesses(disk)
     finally:
         disk.close()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Installed:
+    """What the units of a machine run."""
+
+    machine: Machine
+    settings: AgentSettings
+
+    def begin_tracking(self) -> None:
+        restarts.begin_tracking(self.settings, read_boot_id=lambda: self.machine.boot_id)
+
+    def note_stop(self) -> None:
+        restarts.note_stop(self.settings, read_boot_id=lambda: self.machine.boot_id)
+
+    def protect(self, *paths: Path) -> None:
+        """As one disk: its path is stable on a real machine, and another loop device here."""
+        entries = []
+        for path, disk in zip(paths, (DISK, DiskId("e" * 32)), strict=False):
+            entries.append(ProtectedDisk(path=str(path), identity=identify(str(self.machine.device), None), disk=disk))
+        write_protection(LocalDirectory(self.machine.state), Protection(disks=tuple(entries)))
+
+
+@pytest.fixture
+def installed(machine: Machine) -> Installed:
+    settings = AgentSettings(state_directory=machine.state, tracking_directory=machine._pins.parent)
+    machine._pins = settings.pin_directory
+    return Installed(machine=machine, settings=settings)
+
+
+def test_the_units_of_a_machine_take_its_disk_over_a_restart(installed: Installed) -> None:
+    machine = installed.machine
+    agent = Agent(machine)
+    agent.round_or_resync()
+    change(agent, "unsent")
+    stop(agent)
+    installed.protect(machine.device)
+    installed.note_stop()
+    machine.restart()
+    installed.protect(machine.device)
+    installed.begin_tracking()
+    assert not (machine.state / marker_name(DISK)).exists()
+    change(agent_at(agent), "after")
+    agent.open()
+    told = agent.round()
+    assert agent.epoch == 1
+    assert told.read_bytes < SIZE_BYTES // 4
+    assert agent.differing_blocks() == []
+    agent.close()
+
+
+def test_a_disk_that_is_missing_at_a_start_keeps_no_marker_and_keeps_nobody_waiting_for_long(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = installed.machine
+    agent = Agent(machine)
+    agent.round_or_resync()
+    stop(agent)
+    installed.protect(machine.device)
+    installed.note_stop()
+    marker = machine.state / marker_name(DISK)
+    assert marker.exists()
+    machine.restart()
+    (machine.state / marker_name(DiskId("e" * 32))).write_bytes(marker.read_bytes())
+    marker.rename(marker.with_name("kept"))
+    monkeypatch.setattr(restarts, "APPEAR_SECONDS_MAX", 0.2)
+    installed.protect(machine.device, Path("/dev/farpoint-missing"))
+    installed.begin_tracking()
+    assert not list(machine.state.glob("*.marker"))
+    installed.protect(Path("/dev/farpoint-missing"), machine.device)
+    marker.with_name("kept").rename(marker)
+    installed.note_stop()
+    assert not list(machine.state.glob("*.marker")), "neither of the disk that is gone nor of the one that is untracked"
+
+
+def test_an_agent_that_may_not_track_takes_the_marker_away(installed: Installed) -> None:
+    machine = installed.machine
+    agent = Agent(machine)
+    agent.round_or_resync()
+    stop(agent)
+    installed.protect(machine.device)
+    for wanted in (WantedSource.SCAN, WantedSource.BITMAP):
+        installed.note_stop()
+        assert (machine.state / marker_name(DISK)).exists()
+        elsewhere = machine.place / "no-bpf" if wanted is WantedSource.BITMAP else machine._pins
+        selection = SourceSelection(wanted, elsewhere)
+        with contextlib.suppress(DiskNotSupported), contextlib.closing(machine.open_disk()) as disk:
+            selection.open(
+                DISK, str(machine.device), disk, directory=LocalDirectory(machine.state), draw_random=os.urandom
+            ).close()
+        assert not (machine.state / marker_name(DISK)).exists()
+        Agent(machine).close()
