@@ -1,8 +1,9 @@
 """The server's clock as a sequence of spans, so that no instant from before the clock was set is compared with now.
 
-Within a span ticks never go back. Setting the clock (seen as disagreement with the monotonic clock, or as going back
-over a restart) begins the next span. An instant belongs to the oldest span that could have shown it: doubt makes it
-older.
+Within a span ticks never go back, nor slower than the monotonic clock but for a drift: where the wall clock is behind
+they are ahead of it until it has caught up, or else no age would be true meanwhile. Setting the clock (seen as
+disagreement with the monotonic clock, or as going back over a restart) begins the next span. An instant belongs to the
+oldest span that could have shown it: doubt makes it older.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from protocol.errors import InvalidValue
 JUMP_TOLERANCE_NS: Final = 2_000_000_000
 """Less than this is a clock being disciplined, not set."""
 DRIFT_PER_MILLE_MAX: Final = 1
+"""Two clocks that run undisturbed differ by no more; a tick that is ahead of the wall clock waits for it so slowly."""
 FLYWHEEL_NS: Final = 60_000_000_000
 """Process servers go on telling the time from the last answer that they heard. One that is in touch hears another
 within this."""
@@ -80,14 +82,15 @@ def start_clock(spans: tuple[ClockSpan, ...], wall_ns: int, monotonic_seconds: f
 def observe_clock(state: ServerClockState, wall_ns: int, monotonic_seconds: float) -> ServerClockState:
     """One reading of both clocks, taken together. The present span is extended, or the next begins."""
     elapsed_ns = round((monotonic_seconds - state.monotonic_seconds) * 1e9)
-    deviation_ns = wall_ns - state.wall_ns - elapsed_ns
-    is_jump = abs(deviation_ns) > JUMP_TOLERANCE_NS + elapsed_ns * DRIFT_PER_MILLE_MAX // 1000
-    # why: small steps back add up without any one of them being a jump
-    has_gone_back = wall_ns < state.tick_ns - JUMP_TOLERANCE_NS
-    if is_jump or has_gone_back:
+    drift_ns = elapsed_ns * DRIFT_PER_MILLE_MAX // 1000
+    paced_ns = state.tick_ns + elapsed_ns - drift_ns
+    is_set_forward = wall_ns > state.wall_ns + elapsed_ns + drift_ns + JUMP_TOLERANCE_NS
+    # why: against the ticks, for small steps back add up without any one of them being a jump
+    is_set_back = wall_ns < paced_ns - JUMP_TOLERANCE_NS
+    if is_set_forward or is_set_back:
         spans = _begin_span(state.spans, wall_ns, elapsed_ns=elapsed_ns)
     else:
-        spans = _extend_span(state.spans, wall_ns)
+        spans = _extend_span(state.spans, max(wall_ns, paced_ns))
     return ServerClockState(spans=spans, wall_ns=wall_ns, monotonic_seconds=monotonic_seconds)
 
 
