@@ -43,6 +43,8 @@ class ServersClock:
         self._skew_ns = 0
         self._settings: list[tuple[int, int]] = [(true_now_ns(loop), 0)]
         """(true instant from which it holds, skew), in order."""
+        self.hidden_ns = 0
+        """By so much a restart hid that it had been set back (docs/decisions/0006)."""
         self._state = start_clock((), *self._read())
 
     def state(self) -> ServerClockState:
@@ -54,7 +56,11 @@ class ServersClock:
 
     def restart(self) -> None:
         """The program was killed and is there again: of its clock's history it knows what it stored."""
-        self._state = start_clock(self._state.spans, *self._read())
+        before = self._state
+        self._state = start_clock(before.spans, *self._read())
+        if self._state.generation == before.generation:
+            elapsed_ns = round((self._state.monotonic_seconds - before.monotonic_seconds) * 1e9)
+            self.hidden_ns += max(0, before.tick_ns + elapsed_ns - self._state.tick_ns)
 
     def set(self, skew_ns: int) -> None:
         """Somebody sets the wall clock."""

@@ -1,7 +1,8 @@
 """What must always hold (DESIGN §11), checked at the transition where it could first be broken.
 
 1   Acknowledged(epoch, n) ⇒ change sets ≤ n survive: no later welcome, closing segment or drained history falls below
-    it, unless the cache itself was lost or the disk moved to another process server.
+    it, unless the cache itself was lost or the disk moved to another process server. Where the grants lead around an
+    epoch, because the disk came back by another one, the store holds all of it before it is left.
 2   Nothing dirty is forgotten: no point is missing a change from before its round (stream.py names it).
 3   A settled point equals the source at one instant, inside its window: not before the instant that it states, not
     after it was marked (recovered_point).
@@ -31,7 +32,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from typing_extensions import Buffer
 
-from config_server.core.server_clock import JUMP_TOLERANCE_NS
+from config_server.core.server_clock import DRIFT_PER_MILLE_MAX, JUMP_TOLERANCE_NS
 from protocol.messages import CloseDisk, DiskOpened, Frame, Message, OpenDisk, Positions, Refusal
 from protocol.operator_messages import Rpo
 from protocol.vocabulary import DiskId
@@ -137,6 +138,8 @@ class Invariants:
             is_before = key[0] == disk and parent_epoch <= key[1] < epoch
             if is_before and not self._may_be_lost(*key) and not self._has_moved(disk, key[1], epoch):
                 survives = parent_sequence if key[1] == parent_epoch else 0
+                if self._has_moved(disk, parent_epoch, epoch):
+                    survives = self.stored.get(key, StoredEpoch()).committed_sequence()
                 if survives < acknowledged:
                     self._violate(
                         "1-acknowledged-survives",
@@ -228,7 +231,10 @@ class Invariants:
     def rpo_shown(self, point: LedgerPoint, rpo: Rpo) -> None:
         """An operator is told that the newest point is so old."""
         if rpo.age_seconds is not None and point.committed.point not in self._doubtful:
-            instant_ns = true_now_ns(self._world.loop) - round(rpo.age_seconds * 1e9)
+            clock = self._world.server.clock
+            now_ns, age_ns = true_now_ns(self._world.loop), round(rpo.age_seconds * 1e9)
+            drift_ns = 0 if clock.was_right_until(now_ns) else age_ns * DRIFT_PER_MILLE_MAX // 1000
+            instant_ns = now_ns - age_ns - drift_ns - clock.hidden_ns
             name = point.committed.point
             self._claimed_ns[name] = max(instant_ns, self._claimed_ns.get(name, 0))
 

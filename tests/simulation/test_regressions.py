@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from process_server.opening import DiskOpener
 from tests.simulation.script import Script
 from tests.simulation.world import run_seed
 
@@ -41,6 +42,16 @@ def test_it_breaks_it_again_with_its_defect_planted(file):
     assert completed.returncode == 1, completed.stderr
     violations = json.loads(completed.stdout.splitlines()[-1])["violations"]
     assert fields["violates"] in {violation["invariant"] for violation in violations}
+
+
+def test_an_epoch_that_is_left_before_it_is_stored_is_noticed_though_the_grants_lead_around_it(monkeypatch):
+    async def leave_at_once(opener, history):
+        return
+
+    monkeypatch.setattr(DiskOpener, "_wait_until_committed", leave_at_once)
+    file = next(file for file in SCRIPTS if file.stem == "an-epoch-that-grants-lead-around-is-stored-before-it-is-left")
+    script = Script.from_json(file.read_text())
+    assert {one.invariant for one in run_seed(script.seed, script).violations} == {"1-acknowledged-survives"}
 
 
 @pytest.mark.parametrize("seed", [10])
