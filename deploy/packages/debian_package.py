@@ -147,7 +147,8 @@ def _add_files(program: Program, sources: Sources, root: Path) -> None:
     if program.has_service:
         units = root / UNITS
         units.mkdir(parents=True)
-        shutil.copy(sources.tree / "deploy/systemd" / program.unit, units / program.unit)
+        for unit in program.units:
+            shutil.copy(sources.tree / "deploy/systemd" / unit, units / unit)
         drop_ins = sources.tree / "deploy/systemd" / f"{program.unit}.d"
         if drop_ins.exists():
             shutil.copytree(drop_ins, documents / "examples" / drop_ins.name)
@@ -189,8 +190,14 @@ def _write_control(program: Program, sources: Sources, root: Path) -> None:
     if program.has_service:
         for name in ("postinst", "prerm", "postrm"):
             text = (TEMPLATES / name).read_text("utf-8")
-            for mark, value in (("@NAME@", program.name), ("@UNIT@", program.unit), ("@USER@", program.user)):
-                text = text.replace(mark, value)
+            values = {
+                "NAME": program.name,
+                "UNIT": program.unit,
+                "UNITS": " ".join(program.units),
+                "USER": program.user,
+            }
+            for name_of_value, value in values.items():
+                text = text.replace(f"@{name_of_value}@", value)
             (control / name).write_text(text, "utf-8")
             (control / name).chmod(0o755)
 

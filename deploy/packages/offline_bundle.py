@@ -46,8 +46,8 @@ def build_bundle(
         lines = [wheel.requirement for wheel in wheels[program.name]]
         (root / "requirements" / f"{program.name}.txt").write_text("".join(lines))
         shutil.copy(tree / "deploy/settings" / f"{program.command}.toml", root / "settings")
-        if program.has_service:
-            shutil.copy(tree / "deploy/systemd" / program.unit, root / "systemd")
+        for unit in program.units:
+            shutil.copy(tree / "deploy/systemd" / unit, root / "systemd")
     c_library = max(oldest_c_library(wheel.path.name) for wheel in by_name.values())
     target = f"version={version}\npython={PYTHON}\nmachine={platform.machine()}\n"
     (root / "target").write_text(target + f"c_library={c_library[0]}.{c_library[1]}\n")

@@ -16,7 +16,7 @@ class Program:
 
     name: of its package without `farpoint-`, of its directories and of its service. command: what is put on the path.
     packages: the import packages of ours that it holds. extras: of the wheel. user: of its service; "" where it has
-    none of its own.
+    none of its own. further_units: what it needs at other times than its service runs.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Program:
     user: str
     summary: str
     description: str
+    further_units: tuple[str, ...] = ()
 
     @property
     def package_name(self) -> str:
@@ -36,6 +37,10 @@ class Program:
     @property
     def unit(self) -> str:
         return f"farpoint-{self.name}.service"
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        return (self.unit, *self.further_units) if self.has_service else ()
 
 
 PROGRAMS: Final = (
@@ -49,6 +54,7 @@ PROGRAMS: Final = (
         user="",
         summary="Farpoint's mobility agent: replicates this machine's disks",
         description="Runs on a machine that is protected, and sends its disks' changes to a process server.",
+        further_units=("farpoint-mobility-agent-begin.service", "farpoint-mobility-agent-stop.service"),
     ),
     Program(
         name="process-server",

@@ -121,8 +121,8 @@ def test_a_package_puts_its_files_where_they_belong_and_owns_its_byte_code(dist:
     paths = [fields[5].partition(" -> ")[0].removeprefix(".") for fields in listed if not fields[5].endswith("/")]
     places = (f"/usr/lib/farpoint/{program.name}/", f"/usr/share/doc/{program.package_name}/")
     others = {path for path in paths if not path.startswith(places)}
-    unit = {f"/lib/systemd/system/{program.unit}"} if program.has_service else set()
-    assert others == {f"/usr/bin/{program.command}", f"/etc/farpoint/{program.command}.toml", *unit}
+    units = {f"/lib/systemd/system/{unit}" for unit in program.units}
+    assert others == {f"/usr/bin/{program.command}", f"/etc/farpoint/{program.command}.toml", *units}
     modules = {path for path in paths if path.endswith(".py")}
     compiled = {
         re.sub(r"__pycache__/(.+)\.cpython-\d+\.pyc$", r"\1.py", path) for path in paths if path.endswith(".pyc")
@@ -162,8 +162,8 @@ for package in {program.packages}:
 def test_services_are_enabled_but_not_started_and_their_state_is_their_own(machine: ThrowawayMachine) -> None:
     for program in PROGRAMS:
         if program.has_service:
-            wanted = machine.upper / "etc/systemd/system/multi-user.target.wants" / program.unit
-            assert wanted.is_symlink()
+            for unit in program.units:
+                assert list((machine.upper / "etc/systemd/system").glob(f"*.wants/{unit}"))
             owner = program.user or "root"
             said = machine.run(
                 f"stat --format='%a %U %G' /var/lib/farpoint/{program.name}; ls -A /var/lib/farpoint/{program.name}"
@@ -222,7 +222,8 @@ def test_the_offline_bundle_installs_and_uninstalls_without_trace(dist: Path, tm
             if program.has_service:
                 unit = machine.upper / "etc/systemd/system" / program.unit
                 assert f"ExecStart=/usr/local/bin/{program.command} run\n" in unit.read_text()
-                assert (unit.parent / "multi-user.target.wants" / program.unit).is_symlink()
+                for name in program.units:
+                    assert list(unit.parent.glob(f"*.wants/{name}"))
         machine.run("/opt/farpoint/uninstall.sh recovery; test ! -e /usr/local/bin/farpoint; mobility-agent --version")
         machine.run("/opt/farpoint/uninstall.sh; test -d /var/lib/farpoint/config-server; test ! -e /opt/farpoint")
         machine.run(f"/mnt/uninstall.sh --purge; {NO_ACCOUNT}")

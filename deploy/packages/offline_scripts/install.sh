@@ -4,7 +4,7 @@
 #   ./install.sh [--prefix /opt/farpoint] PROGRAM…        PROGRAM: mobility-agent process-server config-server recovery
 #
 # It makes PREFIX/PROGRAM-VERSION (a virtual environment), /usr/local/bin/COMMAND, /etc/farpoint/COMMAND.toml unless there is
-# one, and for a service its user, /var/lib/farpoint/PROGRAM (0700) and /etc/systemd/system/farpoint-PROGRAM.service, enabled
+# one, and for a service its user, /var/lib/farpoint/PROGRAM (0700) and /etc/systemd/system/farpoint-PROGRAM*.service, enabled
 # but not started: it has to be enrolled first. PYTHON=… names another interpreter of the same version.
 set -eu
 umask 022
@@ -91,13 +91,13 @@ install_service() {
   [ -d /var/lib/farpoint ] || install -d -m 0755 /var/lib/farpoint
   [ -d "/var/lib/farpoint/$1" ] || install -d -m 0700 -o "$owner" -g "$owner" "/var/lib/farpoint/$1"
   mkdir -p /etc/systemd/system
-  sed "s|^ExecStart=/usr/bin/|ExecStart=/usr/local/bin/|" "systemd/$unit" >"/etc/systemd/system/$unit"
-  if command -v systemctl >/dev/null; then
-    systemctl --quiet enable "$unit"
-    if [ -d /run/systemd/system ]; then
-      systemctl daemon-reload
-      systemctl try-restart "$unit"
-    fi
+  for each in "systemd/farpoint-$1"*.service; do
+    sed "s|^ExecStart=/usr/bin/|ExecStart=/usr/local/bin/|" "$each" >"/etc/systemd/system/${each#systemd/}"
+    ! command -v systemctl >/dev/null || systemctl --quiet enable "${each#systemd/}"
+  done
+  if [ -d /run/systemd/system ]; then
+    systemctl daemon-reload
+    systemctl try-restart "$unit"
   fi
 }
 

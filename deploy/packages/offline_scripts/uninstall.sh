@@ -36,11 +36,11 @@ remove_program() {
   unit=farpoint-$program.service
   if [ -e "/etc/systemd/system/$unit" ]; then
     owner=$(sed -n 's/^User=//p' "/etc/systemd/system/$unit")
-    if command -v systemctl >/dev/null; then
-      [ ! -d /run/systemd/system ] || systemctl stop "$unit"
-      systemctl --quiet disable "$unit"
-    fi
-    rm -f "/etc/systemd/system/$unit"
+    [ ! -d /run/systemd/system ] || systemctl stop "$unit"
+    for each in "/etc/systemd/system/farpoint-$program"*.service; do
+      ! command -v systemctl >/dev/null || systemctl --quiet disable "${each##*/}"
+      rm -f "$each"
+    done
     [ ! -d /run/systemd/system ] || systemctl daemon-reload
   else
     owner=farpoint-$program
