@@ -67,6 +67,9 @@ class Intervals:
     heartbeat_seconds: float
     copy_interval_seconds: float
     point_interval_seconds: float
+    freeze_interval_seconds: float = 0.0
+    application_interval_seconds: float = 0.0
+    """0: never."""
     renew_after_seconds: float
 
 
@@ -117,6 +120,8 @@ class Reconciler:
             now_ns=0,
             heartbeat_seconds=self._intervals.heartbeat_seconds,
             renew_certificate=self._is_renewal_due(certificate, now_ns),
+            freeze_interval_seconds=self._intervals.freeze_interval_seconds,
+            application_interval_seconds=self._intervals.application_interval_seconds,
             disks=tuple(
                 DiskOrder(
                     disk=stored.disk,

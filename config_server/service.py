@@ -133,6 +133,8 @@ class ConfigServer:
             heartbeat_seconds=settings.heartbeat_seconds,
             copy_interval_seconds=settings.copy_interval_seconds,
             point_interval_seconds=settings.point_interval_seconds,
+            freeze_interval_seconds=settings.freeze_interval_seconds,
+            application_interval_seconds=settings.application_interval_seconds,
             renew_after_seconds=settings.renew_after_seconds,
         )
         reconciler = Reconciler(installation.vault_authority, intervals)

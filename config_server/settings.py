@@ -25,6 +25,7 @@ INTERVAL_SECONDS_MAX: Final = 31 * 86400.0
 _ALL_INTERFACES: Final = ("0.0.0.0", "::")  # nosec B104 # noqa: S104
 
 Interval = Annotated[Seconds, Field(ge=INTERVAL_SECONDS_MIN, le=INTERVAL_SECONDS_MAX)]
+IntervalOrNever = Annotated[Seconds, Field(ge=0.0, le=INTERVAL_SECONDS_MAX)]
 
 
 class ConfigServerSettings(Settings):
@@ -38,6 +39,11 @@ class ConfigServerSettings(Settings):
     rpo_threshold_seconds: Interval = 900.0
     copy_interval_seconds: Interval = 60.0
     point_interval_seconds: Interval = 300.0
+    freeze_interval_seconds: IntervalOrNever = 300.0
+    """A live disk that has had no recovery point for so long makes its machine's file systems be frozen for a moment;
+    0: never."""
+    application_interval_seconds: IntervalOrNever = 3600.0
+    """How often machines that have scripts for it mark application-consistent points; 0: never."""
     renew_after_seconds: Annotated[Seconds, Field(ge=INTERVAL_SECONDS_MIN, le=RENEW_AFTER_SECONDS_MAX)] = 86400.0
     """The age at which members and this server itself renew their certificates."""
     log: LogSettings = LogSettings()

@@ -1,4 +1,4 @@
-"""`mobility-agent`: enroll, protect, unprotect, run, status, scan-now, config show|check."""
+"""`mobility-agent`: enroll, protect, unprotect, run, status, scan-now, freeze-now, thaw, config show|check."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any, Final
 
 import click
 
+from mobility_agent.consistency.freezer import thaw_what_was_left
 from mobility_agent.control_socket import Request, ask
+from mobility_agent.core.freeze_point import FreezeKind
 from mobility_agent.disk_identity import whole_disks
 from mobility_agent.disk_reader import identify
 from mobility_agent.errors import AgentNotRunning
+from mobility_agent.machine_facts import this_machine
 from mobility_agent.program import LOCK_FILE, PROGRAM, AgentProgram
 from mobility_agent.protection import Protection, read_protection, write_protection
 from mobility_agent.restarts import begin_tracking, note_stop
@@ -134,6 +137,32 @@ def run(loaded: Loaded[AgentSettings]) -> ExitCode:
 def scan_now(loaded: Loaded[AgentSettings], output: Output) -> None:
     """Begin the next round of every disk at once, without waiting for its interval."""
     _show(output, asyncio.run(ask(loaded.settings.state_directory, Request(command="scan-now"))))
+
+
+@main.command("freeze-now")
+@click.option("--application", is_flag=True, help="With the scripts around it that quiesce applications.")
+@_directory_option
+@output_option
+@with_settings(AgentSettings, PROGRAM, flags=_FLAGS)
+def freeze_now(loaded: Loaded[AgentSettings], output: Output, application: bool) -> ExitCode:
+    """Freeze this machine's file systems for a moment, and mark recovery points of its live disks."""
+    kind = FreezeKind.APPLICATION if application else FreezeKind.FILE_SYSTEM
+    (record,) = asyncio.run(ask(loaded.settings.state_directory, Request(command="freeze-now", kind=kind)))
+    output.record(record)
+    if record["result"] == kind.value:
+        return ExitCode.OK
+    return ExitCode.FAILURE if record["result"] in ("failed", "unsettled") else ExitCode.PARTIAL
+
+
+@main.command("thaw")
+@_directory_option
+@output_option
+@with_settings(AgentSettings, PROGRAM, flags=_FLAGS)
+def thaw(loaded: Loaded[AgentSettings], output: Output) -> None:
+    """Thaw what an agent that was killed has left frozen; its service does so by itself."""
+    path = loaded.settings.state_directory
+    thawed = thaw_what_was_left(LocalDirectory(path), this_machine().boot_id) if path.is_dir() else []
+    output.record({"thawed": thawed})
 
 
 @main.command("begin-tracking")

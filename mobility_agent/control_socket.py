@@ -17,9 +17,10 @@ from typing import Any, Final, Literal
 import structlog
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mobility_agent.core.freeze_point import FreezeKind
 from mobility_agent.errors import AgentNotRunning, RefusedByAgent
 from mobility_agent.service import AgentService
-from mobility_agent.status import status_records
+from mobility_agent.status import freeze_record, status_records
 from protocol.control import PATH_LENGTH_MAX
 from protocol.errors import InvalidValue, ReplicationError
 from runtime.local_directory import FILE_MODE
@@ -28,6 +29,9 @@ SOCKET_FILE: Final = "agent.socket"
 REQUEST_BYTES_MAX: Final = 4 * PATH_LENGTH_MAX
 ANSWER_BYTES_MAX: Final = 4 * 2**20
 ANSWER_SECONDS_MAX: Final = 30.0
+FREEZE_ANSWER_SECONDS_MAX: Final = 600.0
+"""Disks are drained, and scripts run, before one is over."""
+REQUEST_SECONDS_MAX: Final = 10.0
 
 log = structlog.get_logger(__name__)
 
@@ -37,9 +41,10 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    command: Literal["status", "protect", "unprotect", "scan-now"]
+    command: Literal["status", "protect", "unprotect", "scan-now", "freeze-now"]
     path: str = ""
     keep: bool = True
+    kind: FreezeKind = FreezeKind.FILE_SYSTEM
 
 
 @asynccontextmanager
@@ -72,8 +77,10 @@ async def control_socket(directory: Path, service: AgentService, group: asyncio.
 
 async def _converse(service: AgentService, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
-        async with asyncio.timeout(ANSWER_SECONDS_MAX):
-            answer = await _answer(service, await reader.readline())
+        async with asyncio.timeout(REQUEST_SECONDS_MAX):
+            line = await reader.readline()
+        async with asyncio.timeout(FREEZE_ANSWER_SECONDS_MAX):
+            answer = await _answer(service, line)
             writer.write(json.dumps(answer).encode() + b"\n")
             await writer.drain()
     except (OSError, TimeoutError, ValueError) as error:
@@ -99,13 +106,15 @@ def _refusal(error: ReplicationError) -> dict[str, Any]:
 
 async def _carry_out(service: AgentService, request: Request) -> list[dict[str, Any]]:
     match request.command:
+        case "freeze-now":
+            return [freeze_record(await service.freeze_now(request.kind))]
         case "protect":
             await service.protect(request.path)
         case "unprotect":
             await service.unprotect(request.path, keep=request.keep)
         case "scan-now":
             service.scan_now()
-    return status_records(service.protection)
+    return status_records(service.protection, service.freezes)
 
 
 async def ask(directory: Path, request: Request) -> list[dict[str, Any]]:
@@ -114,7 +123,8 @@ async def ask(directory: Path, request: Request) -> list[dict[str, Any]]:
     Raises AgentNotRunning, RefusedByAgent (with the agent's own code and hint).
     """
     try:
-        async with asyncio.timeout(ANSWER_SECONDS_MAX):
+        is_freeze = request.command == "freeze-now"
+        async with asyncio.timeout(FREEZE_ANSWER_SECONDS_MAX if is_freeze else ANSWER_SECONDS_MAX):
             with _socket_path(directory) as path:
                 reader, writer = await asyncio.open_unix_connection(path, limit=ANSWER_BYTES_MAX)
             try:

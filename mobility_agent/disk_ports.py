@@ -22,6 +22,10 @@ class DiskPorts:
     clock: Clock
     draw_random: DrawRandom
     executor: Executor
+    held_executor: Executor
+    """For reads while file systems are frozen: where all other work may wait for their thaw."""
+    held_seconds_max: float
+    """How long they are frozen at most."""
     buffers: FrameBuffers
     change_set_raw_bytes: int
     compress: bool

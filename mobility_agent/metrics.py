@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from mobility_agent.reports import disk_state, fault_report
 from mobility_agent.service import AgentService
 from protocol.control import DiskState
+from protocol.vocabulary import Consistency
 
 _GAUGES: Final[dict[str, tuple[str, str]]] = {
     "size_bytes": ("farpoint_agent_disk_size_bytes", "Size of the disk"),
@@ -81,6 +82,7 @@ class AgentMetrics(Collector):
                 sources.add_metric([status.disk, status.source], 1.0)
         yield resyncs
         yield sources
+        yield from self._freezes()
         states = GaugeMetricFamily("farpoint_agent_disk_state", "1 for the disk's state", labels=["disk", "state"])
         errors = GaugeMetricFamily("farpoint_agent_disk_error", "1 for the disk's error", labels=["disk", "code"])
         for status in replicated:
@@ -90,6 +92,27 @@ class AgentMetrics(Collector):
                 errors.add_metric([status.disk, fault_report(status.error).code], 1.0)
         yield states
         yield errors
+
+    def _freezes(self) -> Iterator[Metric]:
+        totals = self._service.freezes
+        freezes = CounterMetricFamily(
+            "farpoint_agent_freezes_total",
+            "Times that file systems were to be frozen since the program began, by the least that a disk got",
+            labels=["result"],
+        )
+        for result in ("failed", *(consistency.value for consistency in Consistency)):
+            freezes.add_metric([result], float(totals.results[result]))
+        yield freezes
+        yield CounterMetricFamily(
+            "farpoint_agent_frozen_seconds_total",
+            "How long file systems were frozen since the program began",
+            value=totals.frozen_seconds,
+        )
+        yield GaugeMetricFamily(
+            "farpoint_agent_frozen_longest_seconds",
+            "The longest that they were frozen at once since the program began",
+            value=totals.longest_seconds,
+        )
 
     def _connections(self) -> Metric:
         gauge = GaugeMetricFamily(

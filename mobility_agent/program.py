@@ -12,6 +12,9 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry
 
+from mobility_agent.consistency.freeze_points import FreezePorts
+from mobility_agent.consistency.freezer import Freezer
+from mobility_agent.consistency.scripts import FreezeScripts
 from mobility_agent.control_socket import control_socket
 from mobility_agent.disk_reader import open_local_disk
 from mobility_agent.machine_facts import this_machine
@@ -34,6 +37,8 @@ from runtime.service import StopSignal, notify_ready
 
 PROGRAM: Final = "mobility-agent"
 LOCK_FILE: Final = ".lock"
+HELD_THREADS: Final = 4
+"""Disks that are read at once while file systems are frozen."""
 
 
 class AgentProgram:
@@ -48,6 +53,7 @@ class AgentProgram:
         with (
             exclusive_lock(self._path / LOCK_FILE),
             ThreadPoolExecutor(self._settings.worker_threads, thread_name_prefix="disk") as executor,
+            ThreadPoolExecutor(HELD_THREADS, thread_name_prefix="held") as held_executor,
             closing(SourceSelection(self._settings.tracking, self._settings.pin_directory)) as tracking,
         ):
             directory = LocalDirectory(self._path)
@@ -71,6 +77,7 @@ class AgentProgram:
                     if orders.renew_certificate:
                         renewal.order()
 
+                machine = this_machine()
                 service = AgentService(
                     directory=directory,
                     open_source=open_local_disk,
@@ -80,11 +87,21 @@ class AgentProgram:
                     draw_random=os.urandom,
                     executor=executor,
                     limits=self._settings.limits(),
-                    machine=this_machine(),
+                    machine=machine,
                     on_orders=on_orders,
                     tracking=tracking,
+                    freeze=self._freeze_ports(directory, machine.boot_id, held_executor),
                 )
                 await self._serve(service, renewal, stop)
+
+    def _freeze_ports(self, directory: LocalDirectory, boot_id: str, executor: ThreadPoolExecutor) -> FreezePorts:
+        settings = self._settings.freeze
+        return FreezePorts(
+            freezer=Freezer(directory=directory, path=self._path, boot_id=boot_id, executor=executor),
+            scripts=FreezeScripts(settings.scripts_directory, seconds_max=settings.script_seconds_max),
+            executor=executor,
+            seconds_max=settings.seconds_max,
+        )
 
     async def _serve(self, service: AgentService, renewal: CertificateRenewal, stop: StopSignal) -> None:
         registry = CollectorRegistry()

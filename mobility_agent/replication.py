@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import structlog
 
+from mobility_agent.consistency.meeting import FreezeMeeting, Gate, Stage
 from mobility_agent.core.replication import (
     Action,
     Event,
@@ -26,13 +27,13 @@ from mobility_agent.core.replication import (
 from mobility_agent.disk_history import DiskHistory
 from mobility_agent.disk_ports import DiskPorts
 from mobility_agent.errors import AgentStateDamaged, CacheLost, DefectMet, DiskFault, ResyncNeeded
-from mobility_agent.rounds import NO_CLOCK, RoundOutcome, RoundSender
+from mobility_agent.rounds import NO_CLOCK, HeldRound, RoundOutcome, RoundSender
 from mobility_agent.tracking.change_source import ChangeSource, Round
 from mobility_agent.uplink import Connection
 from protocol.control import DiskIdentity
 from protocol.errors import ConnectionLost, RefusedByPeer, ReplicationError
 from protocol.messages import Positions
-from protocol.vocabulary import DiskId
+from protocol.vocabulary import Consistency, DiskId
 from runtime.blocking import blocking
 
 STILLNESS_POLL_SECONDS: Final = 0.2
@@ -43,6 +44,10 @@ RETRY_SECONDS_MIN: Final = 1.0
 RETRY_SECONDS_MAX: Final = 30.0
 STOPPED_RETRY_SECONDS: Final = 30.0
 """How often a stopped disk is looked at again."""
+DRAIN_ROUNDS_MAX: Final = 8
+"""A disk of which not little enough is left after so many rounds changes faster than it can be read."""
+HELD_BYTES_MAX: Final = 32 * 2**20
+"""So much may be left to be read while file systems are frozen: well within one change set."""
 
 log = structlog.get_logger(__name__)
 
@@ -81,6 +86,8 @@ class DiskStatus:
     rounds: int
     settled_rounds: int
     points: int
+    newest_consistency: Consistency | None
+    """Of the newest point since the program began."""
     audit_alarms: int
     resyncs: Mapping[str, int]
     """By cause."""
@@ -143,6 +150,8 @@ class DiskReplication:
         self._read_bytes = self._sent_bytes = self._rounds = self._settled_rounds = self._points = 0
         self._alarms = self._follow_ups = 0
         self._resyncs: dict[str, int] = {}
+        self._meeting: FreezeMeeting | None = None
+        self._newest_consistency: Consistency | None = None
         self._source_name, self._source_reason = "", ""
 
     # what others tell
@@ -179,6 +188,34 @@ class DiskReplication:
         self._round_wanted.set()
         self._idle_wake.set()
 
+    @property
+    def freezable_device(self) -> int | None:
+        """st_rdev of the disk, if a freeze could settle it just now."""
+        is_able = self._state is State.DELTA_REPLICATION and self._meeting is None and self._history is not None
+        return self._history.changes.freezable_device if is_able and self._history is not None else None
+
+    @property
+    def why_not_freezable(self) -> str:
+        """For people; of a disk that freezable_device says None of."""
+        if self._state is State.DELTA_REPLICATION:
+            return f"its source is {self._source_name}"
+        return f"it is in {self._state.value}"
+
+    @property
+    def last_tick_ns(self) -> int | None:
+        """The newest tick of the server's clock that was received for it."""
+        return None if self._connection is None else self._connection.last_tick_ns
+
+    @property
+    def last_point_seconds(self) -> float | None:
+        """When its newest point was sent, of the monotonic clock; None before the first since the program began."""
+        return self._last_point_seconds
+
+    def meet(self, meeting: FreezeMeeting) -> None:
+        """It takes part, as soon as its round in work has ended."""
+        self._meeting = meeting
+        self._idle_wake.set()
+
     def status(self) -> DiskStatus:
         history, outcome, current = self._history, self._outcome, self._round
         standing = None if history is None else history.standing
@@ -205,6 +242,7 @@ class DiskReplication:
             rounds=self._rounds,
             settled_rounds=self._settled_rounds,
             points=self._points,
+            newest_consistency=self._newest_consistency,
             audit_alarms=self._alarms + (0 if history is None else history.changes.alarms),
             resyncs=dict(self._resyncs),
             error=self._error,
@@ -297,6 +335,7 @@ class DiskReplication:
         if work is not None and not work.done():
             work.cancel()
             await asyncio.wait([work])
+        self._leave_meeting("its replication was interrupted")
 
     async def _report(self, work: Coroutine[Any, Any, Event], generation: int) -> None:
         """Turns the end of the work into the one event that it reports."""
@@ -396,20 +435,58 @@ class DiskReplication:
     async def _delta(self) -> Event:
         while True:
             await self._wait_for_round()
-            await self._run_round(first_bytes=0, is_copy=False)
+            if self._meeting is None:
+                await self._run_round(first_bytes=0, is_copy=False)
+            else:
+                await self._take_part(self._meeting)
 
-    async def _run_round(self, *, first_bytes: int, is_copy: bool) -> None:
+    async def _take_part(self, meeting: FreezeMeeting) -> None:
+        """In a freeze of the machine, unless something comes between."""
+        try:
+            if not await self._drain():
+                self._leave_meeting("it changes faster than it can be read")
+                return
+            meeting.reach(self.disk, Stage.DRAINED)
+            if not await meeting.passed(self.disk, Gate.DRAIN_AGAIN):
+                return
+            await self._run_round(first_bytes=0, is_copy=False)
+            meeting.reach(self.disk, Stage.READY)
+            if await meeting.passed(self.disk, Gate.FROZEN):
+                await self._run_round(first_bytes=0, is_copy=False, meeting=meeting)
+        finally:
+            self._leave_meeting("its round failed")
+
+    async def _drain(self) -> bool:
+        """Rounds, until what is left can be read while everything is frozen; whether that was reached."""
+        for _ in range(DRAIN_ROUNDS_MAX):
+            began, read_bytes = self._ports.clock.monotonic_seconds(), self._read_bytes
+            await self._run_round(first_bytes=0, is_copy=False)
+            took_seconds = self._ports.clock.monotonic_seconds() - began
+            if took_seconds <= self._ports.held_seconds_max / 2 and self._read_bytes - read_bytes <= HELD_BYTES_MAX:
+                return True
+        return False
+
+    def _leave_meeting(self, reason: str) -> None:
+        meeting, self._meeting = self._meeting, None
+        if meeting is not None:
+            meeting.leave(self.disk, reason)
+
+    async def _run_round(self, *, first_bytes: int, is_copy: bool, meeting: FreezeMeeting | None = None) -> None:
+        """meeting: of which all is frozen now."""
         channel, history = self._channel, self._history
         if channel is None or history is None:
             raise ConnectionLost(peer="process server", reason="it ended meanwhile")
-        if not is_copy:
+        if not is_copy and meeting is None:
             await channel.connection.wait_for_tick(TICK_SECONDS_MAX)
         began = self._ports.clock.monotonic_seconds()
         self._round_wanted.clear()
         connection = channel.connection
         changes = await blocking(
-            self._ports.executor,
-            lambda: history.changes.begin_round(first_bytes=first_bytes, read_tick=lambda: connection.last_tick_ns),
+            self._ports.executor if meeting is None else self._ports.held_executor,
+            lambda: history.changes.begin_round(
+                first_bytes=first_bytes,
+                read_tick=lambda: connection.last_tick_ns if meeting is None else meeting.instant_ns,
+            ),
         )
         self._round = changes
         sender = RoundSender(
@@ -418,6 +495,7 @@ class DiskReplication:
             history=history,
             ports=self._ports,
             is_copy=is_copy,
+            held=None if meeting is None else self._held_round(meeting),
         )
         try:
             self._outcome = await sender.send_round(changes, first_bytes=first_bytes, is_point_due=self._is_point_due)
@@ -432,6 +510,7 @@ class DiskReplication:
         self._retry_seconds = RETRY_SECONDS_MIN
         if self._outcome.point is not None:
             self._points += 1
+            self._newest_consistency = self._outcome.consistency
             self._last_point_seconds = self._ports.clock.monotonic_seconds()
         # why: a copy that did not settle, or had no clock to mark with, is followed at once by the round that can. Only
         # once: without a clock, rounds that follow each other would read the disk for ever.
@@ -441,6 +520,15 @@ class DiskReplication:
         self._next_round_seconds = began if waits and not is_followed_up else None
         if self._follow_ups > history.changes.follow_ups_max:
             self._follow_ups = 0
+
+    def _held_round(self, meeting: FreezeMeeting) -> HeldRound:
+        """Its round has begun."""
+        meeting.reach(self.disk, Stage.BEGUN)
+        return HeldRound(
+            executor=self._ports.held_executor,
+            on_read=lambda: meeting.reach(self.disk, Stage.READ),
+            label=lambda is_settled: meeting.label(self.disk, is_settled=is_settled),
+        )
 
     def _is_point_due(self, *, is_changed: bool) -> bool:
         last = self._last_point_seconds
@@ -456,7 +544,7 @@ class DiskReplication:
         while True:
             # why: cleared before anything is looked at, so that what happens meanwhile is not slept through.
             self._idle_wake.clear()
-            if self._round_wanted.is_set():
+            if self._round_wanted.is_set() or self._meeting is not None:
                 return
             history = self._history
             if history is not None and history.is_standing_due:

@@ -6,13 +6,15 @@ An unsettled position never gets a bookmark; the instant of a bookmark was recei
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from typing_extensions import Buffer
 
 from mobility_agent.core.change_sets import ChangeSetBuilder
+from mobility_agent.core.freeze_point import FreezeLabel
 from mobility_agent.core.replication import is_settled
 from mobility_agent.disk_history import DiskHistory
 from mobility_agent.disk_ports import DiskPorts
@@ -21,7 +23,14 @@ from mobility_agent.tracking.change_source import Round
 from mobility_agent.uplink import Connection
 from protocol.framing import body_bytes_of
 from protocol.messages import Frame
-from protocol.vocabulary import Bookmark, ChangeSetEnd, Compression, Consistency, PointId
+from protocol.vocabulary import (
+    CHANGE_SET_RAW_BYTES_MAX,
+    Bookmark,
+    ChangeSetEnd,
+    Compression,
+    Consistency,
+    PointId,
+)
 from runtime.blocking import blocking
 
 CURSOR_STRIDE_BYTES: Final = 16 * 2**30
@@ -47,6 +56,21 @@ class RoundOutcome:
     """Why it is not settled, or has no point; empty when all is well."""
     is_changed: bool
     point: PointId | None
+    consistency: Consistency
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldRound:
+    """What a round does otherwise that begins while the machine's file systems are frozen.
+
+    Nothing of it touches the agent's state until its end, as long as it fits one change set: that may lie on a frozen
+    file system. executor: for its reads, where no other disk's writes may stand in the way. on_read: all was read.
+    label: what the position may be called, once all is over; None if nobody says anything.
+    """
+
+    executor: Executor
+    on_read: Callable[[], None]
+    label: Callable[[bool], Awaitable[FreezeLabel | None]]
 
 
 class RoundSender:
@@ -60,6 +84,7 @@ class RoundSender:
         history: DiskHistory,
         ports: DiskPorts,
         is_copy: bool,
+        held: HeldRound | None = None,
     ) -> None:
         self.sent_bytes = 0
         """Of frame bodies."""
@@ -68,6 +93,8 @@ class RoundSender:
         self._history = history
         self._ports = ports
         self._is_copy = is_copy
+        self._held = held
+        self._reading_executor = ports.executor if held is None else held.executor
         self._epoch = history.standing.epoch
         self._builder: ChangeSetBuilder | None = None
         self._receipts: list[Any] = []
@@ -80,14 +107,20 @@ class RoundSender:
         state)."""
         self._history.begin_round(first_bytes=first_bytes)
         self._stated_cursor = first_bytes
-        ahead = ReadAhead(changes, self._ports.buffers, self._ports.executor, compress=self._ports.compress)
+        ahead = ReadAhead(changes, self._ports.buffers, self._reading_executor, compress=self._ports.compress)
         try:
+            self._note_read(changes)
             while (step := await ahead.next()) is not None:
+                self._note_read(changes)
                 await self._send_frames(step.frames)
                 await self._end_if_due(step.compared_to_bytes)
         finally:
             await ahead.close()
         return await self._end_round(changes, first_bytes=first_bytes, is_point_due=is_point_due)
+
+    def _note_read(self, changes: Round) -> None:
+        if self._held is not None and changes.is_exhausted:
+            self._held.on_read()
 
     async def _send_frames(self, frames: list[ReadyFrame]) -> None:
         waiting = deque(frames)
@@ -125,6 +158,8 @@ class RoundSender:
 
     async def _end_if_due(self, compared_to_bytes: int) -> None:
         """Ends a change set that is old, and states how far a copy-in has come although there was nothing to send."""
+        if self._held is not None:
+            return
         if self._builder is None:
             is_due = self._is_copy and compared_to_bytes - self._stated_cursor >= CURSOR_STRIDE_BYTES
         else:
@@ -145,12 +180,16 @@ class RoundSender:
         reason = end.reason
         if not settled and not reason:
             reason = "the copy-in was resumed; the next round compares everything again"
+        label = None if self._held is None else await self._held.label(settled)
+        consistency = Consistency.CRASH if settled else Consistency.UNSETTLED
+        if settled and label is not None:
+            consistency = label.consistency
         bookmark = None
-        if settled and is_point_due(is_changed=self._is_changed):
+        if settled and (self._held is not None or is_point_due(is_changed=self._is_changed)):
             bookmark = self._bookmark(end.instant_ns)
             reason = "" if bookmark is not None else NO_CLOCK
         if settled and (self._is_changed or bookmark is not None):
-            await self._end_change_set(ChangeSetEnd(consistency=Consistency.CRASH, bookmark=bookmark))
+            await self._end_change_set(ChangeSetEnd(consistency=consistency, bookmark=bookmark))
         elif self._builder is not None:
             await self._end_change_set(UNSETTLED)
         self._history.end_round()
@@ -159,6 +198,7 @@ class RoundSender:
             reason=reason,
             is_changed=self._is_changed,
             point=None if bookmark is None else bookmark.point,
+            consistency=consistency,
         )
 
     def _bookmark(self, instant_ns: int | None) -> Bookmark | None:
@@ -177,7 +217,8 @@ class RoundSender:
         if self._builder is None:
             self._change_set_began_seconds = self._ports.clock.monotonic_seconds()
             self._builder = ChangeSetBuilder(
-                sequence=self._history.standing.sent_sequence + 1, raw_bytes_target=self._ports.change_set_raw_bytes
+                sequence=self._history.standing.sent_sequence + 1,
+                raw_bytes_target=self._ports.change_set_raw_bytes if self._held is None else CHANGE_SET_RAW_BYTES_MAX,
             )
         return self._builder
 

@@ -14,9 +14,11 @@ from typing import Final
 
 import structlog
 
+from mobility_agent.consistency.freeze_points import FreezeOutcome, FreezePoints, FreezePorts, FreezeTotals
+from mobility_agent.core.freeze_point import FreezeFrequency, FreezeKind
 from mobility_agent.disk_history import forget_disk
 from mobility_agent.disk_ports import DiskPorts
-from mobility_agent.errors import AgentStateDamaged, DiskNotSupported
+from mobility_agent.errors import AgentStateDamaged, DiskNotSupported, FreezeFailed
 from mobility_agent.frame_buffers import FrameBuffers
 from mobility_agent.ports import Connect, DrawRandom, OpenSource, Tracking
 from mobility_agent.protection import (
@@ -116,9 +118,10 @@ class AgentService:
         machine: MachineFacts | None = None,
         on_orders: Callable[[AgentOrders], None] | None = None,
         tracking: Tracking | None = None,
+        freeze: FreezePorts | None = None,
     ) -> None:
         """directory holds all of the agent's durable state, for this service alone. on_orders hears of all new
-        orders."""
+        orders. Without `freeze` no file system is ever frozen."""
         self.limits = limits or AgentLimits()
         self._directory = directory
         self._open_source = open_source
@@ -137,6 +140,8 @@ class AgentService:
             clock=clock,
             draw_random=draw_random,
             executor=executor,
+            held_executor=executor if freeze is None else freeze.executor,
+            held_seconds_max=0.0 if freeze is None else freeze.seconds_max,
             buffers=FrameBuffers(buffers=self.limits.frame_buffers),
             change_set_raw_bytes=self.limits.change_set_raw_bytes,
             compress=self.limits.compress_at_agent,
@@ -154,6 +159,7 @@ class AgentService:
         self._changed = asyncio.Event()
         self._report_wanted = asyncio.Event()
         self._is_stopping = False
+        self._freeze_points = None if freeze is None else FreezePoints(freeze, disks=self._replications, clock=clock)
 
     # what the operator asks
 
@@ -181,6 +187,12 @@ class AgentService:
         """Begins the next round of every disk at once, without waiting for its interval."""
         for running in self._running.values():
             running.replication.begin_round_now()
+
+    async def freeze_now(self, kind: FreezeKind) -> FreezeOutcome:
+        """Freezes the machine's file systems for a moment, and marks points of its live disks. Raises FreezeFailed."""
+        if self._freeze_points is None:
+            raise FreezeFailed(reason="this agent freezes nothing")
+        return await self._freeze_points.freeze_now(kind)
 
     def stop(self) -> None:
         """Begins an orderly end: says goodbye, run() returns. What was not acknowledged is sent by the next run."""
@@ -214,6 +226,10 @@ class AgentService:
         """By process server identifier, whether a connection is up."""
         return {address.process_server: link.uplink.connection is not None for address, link in self._links.items()}
 
+    @property
+    def freezes(self) -> FreezeTotals:
+        return FreezeTotals() if self._freeze_points is None else self._freeze_points.totals
+
     def readiness(self) -> list[str]:
         """Why the agent does not do its job at the moment; empty when it does."""
         reasons = [f"not connected to process server {name}" for name, up in self.connected.items() if not up]
@@ -230,6 +246,9 @@ class AgentService:
         self._orders = await blocking(self._executor, lambda: read_orders(self._directory))
         async with asyncio.TaskGroup() as group:
             loops = [group.create_task(self._keep_reporting()), group.create_task(self._keep_polling())]
+            if self._freeze_points is not None:
+                loops.append(group.create_task(self._freeze_points.run()))
+                self._order_freezes(self._orders)
             try:
                 while not self._is_stopping:
                     self._changed.clear()
@@ -381,10 +400,21 @@ class AgentService:
         self._control_error = None
         if old is not None and orders.revoked.number < old.revoked.number:
             self._orders = orders.model_copy(update={"revoked": old.revoked})
+        self._order_freezes(self._orders)
         if self._on_orders is not None:
             self._on_orders(self._orders)
         if old is None or old.revision != orders.revision:
             self._changed.set()
+
+    def _order_freezes(self, orders: AgentOrders | None) -> None:
+        if self._freeze_points is not None and orders is not None:
+            self._freeze_points.frequency = FreezeFrequency(
+                freeze_interval_seconds=orders.freeze_interval_seconds,
+                application_interval_seconds=orders.application_interval_seconds,
+            )
+
+    def _replications(self) -> list[DiskReplication]:
+        return [running.replication for running in self._running.values()]
 
     async def _keep_orders(self) -> None:
         """Makes the orders durable when they differ from those that are."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Final
 
 from blake3 import blake3
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from mobility_agent.core.tracking_choice import WantedSource
 from mobility_agent.service import AgentLimits
@@ -19,6 +19,19 @@ from runtime.units import Bytes, Seconds
 DEFAULT_STATE_DIRECTORY: Final = Path("/var/lib/farpoint/mobility-agent")
 DEFAULT_TRACKING_DIRECTORY: Final = Path("/sys/fs/bpf/farpoint")
 DEFAULT_OBSERVABILITY_ADDRESS: Final = "127.0.0.1:9464"
+
+
+class FreezeSettings(BaseModel):
+    """The `freeze` section: what holding file systems still for a moment may cost, and who is told of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seconds_max: Annotated[Seconds, Field(ge=0.05, le=60)] = 1.0
+    """They are thawed after so long, whatever becomes of the agent."""
+    scripts_directory: Path = Path("/etc/farpoint/scripts.d")
+    """Executables of root's alone, run with `freeze` before and with `thaw` after."""
+    script_seconds_max: Annotated[Seconds, Field(ge=1, le=3600)] = 30.0
+    """For each of them, each time."""
 
 
 class AgentSettings(Settings):
@@ -34,6 +47,7 @@ class AgentSettings(Settings):
     """auto: the best source that the machine allows; bitmap: nothing less; scan: nothing more."""
     tracking_directory: Path = DEFAULT_TRACKING_DIRECTORY
     """In a BPF file system; each agent has a directory of its own in it."""
+    freeze: FreezeSettings = FreezeSettings()
     compress: bool = False
     """Compress with zstd here rather than at the process server: less network, more CPU on the source."""
     reconnect_seconds_max: Annotated[Seconds, Field(ge=1, le=600)] = 30.0

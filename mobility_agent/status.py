@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mobility_agent.consistency.freeze_points import FreezeOutcome, FreezeTotals
 from mobility_agent.protection import Protection
 from mobility_agent.reports import disk_state, fault_report
 from mobility_agent.service import ProtectionStatus
@@ -12,9 +13,22 @@ from mobility_agent.service import ProtectionStatus
 NOT_RUNNING = "not running"
 
 
-def status_records(protection: Sequence[ProtectionStatus]) -> list[dict[str, Any]]:
+def status_records(protection: Sequence[ProtectionStatus], freezes: FreezeTotals) -> list[dict[str, Any]]:
     """One record a disk, JSON values only."""
-    return [_record(status) for status in protection]
+    newest = None if freezes.newest is None else freeze_record(freezes.newest)
+    return [_record(status) | {"newest_freeze": newest} for status in protection]
+
+
+def freeze_record(outcome: FreezeOutcome) -> dict[str, Any]:
+    """How one freeze went, JSON values only."""
+    return {
+        "wanted": outcome.kind.value,
+        "result": outcome.result,
+        "reason": outcome.reason,
+        "frozen_seconds": round(outcome.seconds, 6),
+        "labels": {disk: label.consistency.value for disk, label in outcome.labels.items()},
+        "left_out": list(outcome.left_out),
+    }
 
 
 def records_at_rest(protection: Protection) -> list[dict[str, Any]]:
@@ -48,6 +62,7 @@ def _record(status: ProtectionStatus) -> dict[str, Any]:
             "rounds": now.rounds,
             "settled_rounds": now.settled_rounds,
             "points": now.points,
+            "newest_consistency": None if now.newest_consistency is None else now.newest_consistency.value,
             "audit_alarms": now.audit_alarms,
             "resyncs": dict(now.resyncs),
         }
@@ -78,6 +93,8 @@ def _at_rest(path: str, disk: str | None, size_bytes: int) -> dict[str, Any]:
         "rounds": 0,
         "settled_rounds": 0,
         "points": 0,
+        "newest_consistency": None,
+        "newest_freeze": None,
         "audit_alarms": 0,
         "resyncs": {},
         "error": None,

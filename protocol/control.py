@@ -86,6 +86,8 @@ Epoch: TypeAlias = Annotated[int, Field(ge=1, le=EPOCH_MAX)]
 Sequence: TypeAlias = Annotated[int, Field(ge=0, le=SEQUENCE_MAX)]
 Port: TypeAlias = Annotated[int, Field(ge=1, le=65535)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0.01, le=86400 * 31, allow_inf_nan=False)]
+SecondsOrNever: TypeAlias = Annotated[float, Field(ge=0.0, le=86400 * 31, allow_inf_nan=False)]
+"""0: never."""
 
 
 def _check_settled(value: Consistency) -> Consistency:
@@ -274,6 +276,10 @@ class AgentOrders(ControlMessage):
     """The tick of the server's clock. An agent marks a point with the last one that it received, unchanged."""
     heartbeat_seconds: Seconds
     renew_certificate: bool
+    freeze_interval_seconds: SecondsOrNever = 0.0
+    """A live disk without a point for so long makes its machine's file systems be frozen for a moment."""
+    application_interval_seconds: SecondsOrNever = 0.0
+    """The application-consistent point frequency, where the machine has scripts for it."""
     disks: Annotated[tuple[DiskOrder, ...], FailFast(), Field(max_length=DISKS_PER_MACHINE_MAX)]
     """Every disk of the machine that is to be protected. One that is missing here is no longer protected."""
     revoked: RevocationList

@@ -7,9 +7,11 @@ and the access log's request lines do not come out below WARNING.
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any, Final, Literal, TextIO
 
 import structlog
@@ -19,6 +21,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "json", "console"]
 
 REDACTED: Final = "[redacted]"
+HELD_RECORDS_MAX: Final = 4096
 _SECRET_KEY: Final = re.compile(
     r"(secret|passphrase|password|private_key|credential|connection_string|\bsas|_sas|token)(?!\w*_(file|path|id)\b)"
 )
@@ -66,6 +69,25 @@ def configure_logs(
     root.setLevel(level)
     for name in _QUIET_LOGGERS:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
+
+
+@contextmanager
+def held_logs() -> Iterator[None]:
+    """What is logged within the block comes out at its end, unless it is more than HELD_RECORDS_MAX: for moments at
+    which whoever takes the logs cannot write."""
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    holders = [
+        logging.handlers.MemoryHandler(HELD_RECORDS_MAX, flushLevel=logging.CRITICAL + 1, target=handler)
+        for handler in handlers
+    ]
+    root.handlers[:] = holders
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        for holder in holders:
+            holder.close()
 
 
 def _shared_processors() -> list[structlog.typing.Processor]:

@@ -8,7 +8,8 @@ It reads lines and answers with JSON lines:
   {seconds_max, record, file_systems: [[[mount, path], …], …]} → {"ready": true}, or {"refused": reason} and its end
   sync → {"synchronized": true}: what was changed until then is on the devices, so that the freeze itself is short
   freeze → {"frozen": bool, "unfrozen": {path: reason}, "reason": why nothing stays frozen}
-  thaw, the end of its input, or seconds_max after freeze → {"thawed": cause, "seconds", "lost": {path: reason}}
+  thaw, the end of its input, or seconds_max after freeze → {"thawed": cause, "began", "thawing", "ended" (seconds of
+    the monotonic clock: before the first freeze, before the first thaw, after the last), "lost": {path: reason}}
 The file `record`, which names what may be frozen, is removed when nothing is.
 """
 
@@ -70,7 +71,7 @@ class Freeze:
         self.reason = ""
         self.unfrozen: dict[str, str] = {}
         self.lost: dict[str, str] = {}
-        self.began = self.ended = 0.0
+        self.began = self.thawing = self.ended = 0.0
         self._targets = targets
         self._lock = threading.Lock()
         self._is_over = False
@@ -88,6 +89,7 @@ class Freeze:
 
     def end(self) -> None:
         """Nothing is frozen when it returns."""
+        self.thawing = time.monotonic()
         with self._lock:
             self._is_over = True
             for target in reversed(self._targets):
@@ -163,7 +165,8 @@ def hold(freeze: Freeze, seconds_max: float) -> None:
     freeze.end()
     if freeze.done_descriptor in waiting or cause == "failed":
         say({"frozen": False, "unfrozen": freeze.unfrozen, "reason": freeze.reason or "the time was up"})
-    say({"thawed": cause, "seconds": freeze.ended - freeze.began, "lost": freeze.lost})
+    times = {"began": freeze.began, "thawing": freeze.thawing, "ended": freeze.ended}
+    say({"thawed": cause, **times, "lost": freeze.lost})
 
 
 def lock_memory() -> None:

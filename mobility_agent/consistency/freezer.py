@@ -41,12 +41,19 @@ log = structlog.get_logger(__name__)
 class Thaw:
     """How a freeze ended.
 
-    cause: told, deadline, agent gone or failed. lost: by path, why a file system was not frozen any more.
+    cause: told, deadline, agent gone or failed. Times of the monotonic clock: before the first freeze, before the first
+    thaw, after the last thaw. lost: by path, why a file system was not frozen any more.
     """
 
     cause: str
-    seconds: float
+    began_seconds: float
+    thawing_seconds: float
+    ended_seconds: float
     lost: Mapping[str, str]
+
+    @property
+    def seconds(self) -> float:
+        return self.ended_seconds - self.began_seconds
 
 
 class FreezeProcess:
@@ -78,7 +85,13 @@ class FreezeProcess:
         with suppress(FreezeFailed):  # why: when the time was up it has thawed and ended, and its answer lies there
             await self._say("thaw")
         answer = await self._hear(OVERDUE_SECONDS)
-        return Thaw(cause=answer["thawed"], seconds=answer["seconds"], lost=answer["lost"])
+        return Thaw(
+            cause=answer["thawed"],
+            began_seconds=answer["began"],
+            thawing_seconds=answer["thawing"],
+            ended_seconds=answer["ended"],
+            lost=answer["lost"],
+        )
 
     async def end(self) -> None:
         """Closes its input, upon which it thaws and ends."""

@@ -62,6 +62,8 @@ class DiskFreezeFacts:
     """What is known of one disk that took part."""
 
     is_settled: bool
+    has_file_systems: bool = True
+    """That are mounted for writing."""
     unfrozen: Sequence[str] = ()
     """File systems of it that could not be frozen, or were thawed by somebody else meanwhile, with the reason."""
     held_elsewhere: Sequence[str] = ()
@@ -101,12 +103,13 @@ def label_freeze(facts: FreezeFacts, disk: DiskId) -> FreezeLabel:
     lesser = _why_only_crash(facts, of_disk)
     if lesser:
         return FreezeLabel(consistency=Consistency.CRASH, reason=lesser)
-    if facts.kind is FreezeKind.FILE_SYSTEM:
-        return FreezeLabel(consistency=Consistency.FILE_SYSTEM, reason="")
     lesser = _why_not_application(facts)
-    if lesser:
-        return FreezeLabel(consistency=Consistency.FILE_SYSTEM, reason=lesser)
-    return FreezeLabel(consistency=Consistency.APPLICATION, reason="")
+    if not lesser:
+        return FreezeLabel(consistency=Consistency.APPLICATION, reason="")
+    if not of_disk.has_file_systems:
+        return FreezeLabel(consistency=Consistency.CRASH, reason="no file system of it is mounted for writing")
+    is_wanted = facts.kind is FreezeKind.APPLICATION
+    return FreezeLabel(consistency=Consistency.FILE_SYSTEM, reason=lesser if is_wanted else "")
 
 
 def _why_only_crash(facts: FreezeFacts, disk: DiskFreezeFacts) -> str:
@@ -122,7 +125,9 @@ def _why_only_crash(facts: FreezeFacts, disk: DiskFreezeFacts) -> str:
 
 
 def _why_not_application(facts: FreezeFacts) -> str:
-    """An application may have its data on any of the machine's disks."""
+    """An application may have its data on any of the machine's disks, also where no file system is."""
+    if facts.kind is FreezeKind.FILE_SYSTEM:
+        return "no scripts were run"
     if facts.script_fault:
         return facts.script_fault
     if facts.left_out:

@@ -66,6 +66,10 @@ class BitmapSource:
         """What was sent leaves what is pending in one thread while another may be marking."""
 
     @property
+    def freezable_device(self) -> int:
+        return self._tracked.facts.device
+
+    @property
     def alarms(self) -> int:
         return self._alarms
 

@@ -113,6 +113,12 @@ class ChangeSource(Protocol):
         ...
 
     @property
+    def freezable_device(self) -> int | None:
+        """st_rdev of the disk, if a round of it settles when nothing is written from its begin to its last read; None
+        if that would take too long, or does not help."""
+        ...
+
+    @property
     def follow_ups_max(self) -> int:
         """How many rounds may follow at once one that did not settle: each reads less, and is less likely disturbed."""
         ...

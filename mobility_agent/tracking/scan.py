@@ -54,6 +54,7 @@ class ScanSource:
     """The digests of one disk, and rounds over it. Implements ChangeSource."""
 
     name: Final = "scan"
+    freezable_device: Final = None
     follow_ups_max: Final = 0
     alarms: Final = 0
 
