@@ -14,7 +14,9 @@ from typing import Final
 
 from tests.simulation.script import DRAW_MAX, Decision
 
-CAMPAIGN_PROBABILITY: Final = 0.15
+HORIZON_SECONDS_MIN: Final = 30.0
+"""For less time there is none."""
+CAMPAIGN_PROBABILITY: Final = 0.2
 FLOOD_CAMPAIGN_PROBABILITY: Final = 0.4
 BEGIN_SHARE_MAX: Final = 0.25
 """It begins in this part of the time in which faults come."""
@@ -40,20 +42,21 @@ CRASH_LOOP: Final = (
 """The store is away until the cache is full, and the process server with the full cache dies again and again."""
 
 CORRECTED_CLOCK: Final = (
-    Step(kinds=("process-server-cut-off",), after_seconds=(0.0, 3.0), lasting_seconds=(5.0, 20.0)),
-    Step(kinds=("configuration-server-clock-corrected",), after_seconds=(0.5, 3.0), lasting_seconds=(15.0, 60.0)),
+    Step(kinds=("process-server-cut-off",), after_seconds=(0.0, 3.0), lasting_seconds=(6.0, 15.0)),
+    Step(kinds=("configuration-server-clock-corrected",), after_seconds=(0.5, 3.0), lasting_seconds=(20.0, 60.0)),
     Step(
         kinds=("store-down", "agent-held", "disk-not-still", "connection-silent", "network-down"),
-        after_seconds=(1.0, 6.0),
-        lasting_seconds=(5.0, 25.0),
+        after_seconds=(2.0, 7.0),
+        lasting_seconds=(8.0, 25.0),
     ),
 )
-"""The server's clock is set by seconds while a process server cannot hear of it, and its points come late."""
+"""The server's clock is set back by seconds while a process server cannot hear of it, and its points come late."""
 
 
 def draw_campaign(draw: random.Random, *, horizon_seconds: float, is_flood: bool) -> list[Decision]:
     """Its decisions, in the order of time; none for most seeds. What would come after the horizon does not come."""
-    if draw.random() >= (FLOOD_CAMPAIGN_PROBABILITY if is_flood else CAMPAIGN_PROBABILITY):
+    probability = FLOOD_CAMPAIGN_PROBABILITY if is_flood else CAMPAIGN_PROBABILITY
+    if horizon_seconds < HORIZON_SECONDS_MIN or draw.random() >= probability:
         return []
     at_seconds = draw.random() * BEGIN_SHARE_MAX * horizon_seconds
     decisions = []

@@ -26,7 +26,7 @@ CUT_BYTES_MAX: Final = 2**20
 CLOCK_STEP_SECONDS: Final = (20.0, 3600.0, 10 * 365.25 * 86400.0)
 """A clock is set wrong by up to one of these, either way."""
 CORRECTION_SECONDS: Final = 12.0
-"""Or set right by up to this."""
+"""Or, having been ahead, set back by up to this."""
 STALE_SECONDS_MAX: Final = 30.0
 DAYS_AWAY_MAX: Final = 14.0
 DAYS_AWAY_PROBABILITY: Final = 0.15
@@ -380,7 +380,7 @@ def _step_configuration_servers_clock(world: World, decision: Decision) -> None:
 
 
 def _correct_configuration_servers_clock(world: World, decision: Decision) -> None:
-    world.server.clock.set(round((2 * decision.share - 1) * CORRECTION_SECONDS * 1e9))
+    world.server.clock.set(-round(decision.share * CORRECTION_SECONDS * 1e9))
     _for_a_while(world, decision, lambda: world.server.clock.set(0))
 
 
