@@ -24,7 +24,7 @@ from mobility_agent.errors import ResyncNeeded
 from mobility_agent.ports import DrawRandom
 from mobility_agent.tracking.bitmap_round import BitmapRound, Receipt, RoundBegin
 from mobility_agent.tracking.change_source import ReadTick, no_tick
-from mobility_agent.tracking.followed_disk import Counters, FollowedDisk
+from mobility_agent.tracking.followed_disk import ChangeInFlight, Counters, FollowedDisk
 from mobility_agent.tracking.scan import ScanSource
 from protocol.vocabulary import DIGEST_BLOCK_BYTES, SEQUENCE_MAX, DiskId
 from runtime.directory import DurableDirectory
@@ -61,7 +61,7 @@ class BitmapSource:
         self._source = source
         self._known = ScanSource(disk=disk, source=source, directory=directory, draw_random=draw_random)
         self._tracked = follow()
-        self._suspects: dict[tuple[bytes, tuple[int, int, int]], float] = {}
+        self._suspects: dict[ChangeInFlight, float] = {}
         self._pending_lock = threading.Lock()
         """What was sent leaves what is pending in one thread while another may be marking."""
 
@@ -97,7 +97,6 @@ class BitmapSource:
             self._tracked.pending[:] |= self._tracked.unaudited
         facts.is_unsettled = 1
         self._tracked.write_facts()
-        older = self._tracked.pending.copy()
         is_older_quiet = self._tracked.wait_for_older(seconds_max=QUIET_SECONDS_MAX)
         instant_ns = read_tick()
         parity = self._tracked.swap()
@@ -115,7 +114,7 @@ class BitmapSource:
             begin=RoundBegin(
                 counters=before, missed_submissions=misses_before, was_quiet=was_quiet, instant_ns=instant_ns
             ),
-            to_be_read=older | self._tracked.written,
+            unread=self._tracked.unread,
         )
 
     def sent(self, sequence: int, receipts: Sequence[Receipt]) -> None:
@@ -205,13 +204,13 @@ class BitmapSource:
         anyway until a round was quiet."""
         now = time.monotonic()
         found = self._tracked.changes_in_flight()
-        self._suspects = {(key, change): self._suspects.get((key, change), now) for key, change in found.items()}
+        self._suspects = {change: self._suspects.get(change, now) for change in found}
         if self._tracked.kernel_in_flight():
             return
-        for (key, change), since in self._suspects.items():
+        for change, since in self._suspects.items():
             if now - since > LEAK_SECONDS:
-                log.warning("a completion was missed", disk=self._disk, sector=change[0], bytes=change[1])
-                self._tracked.forgive(key, change[2])
+                log.warning("a completion was missed", disk=self._disk, sector=change.sector, bytes=change.bytes)
+                self._tracked.forgive(change)
 
     def _mark_again(self, lost: ResyncCause | None, *, is_needed: bool) -> None:
         """Makes pending again what may have been read too early; everything, if track is lost."""

@@ -89,9 +89,9 @@ class BitmapRound:
         *,
         first_bytes: int,
         begin: RoundBegin,
-        to_be_read: Bits,
+        unread: Bits,
     ) -> None:
-        """to_be_read: what of the pending blocks was perhaps not just discarded."""
+        """unread: the pending blocks that were just discarded: they go out as that."""
         self.read_bytes = 0
         self._owner = owner
         self._source = source
@@ -100,7 +100,7 @@ class BitmapRound:
         self._layout = tracked.layout
         self._begin = begin
         self._wanted: Bits = tracked.pending.copy()
-        self._to_be_read = to_be_read
+        self._unread = unread
         self._windows = self._layout.marked_windows(self._wanted, first_bytes=first_bytes).tolist()
         self._next = 0
         self._compared_to_bytes = first_bytes
@@ -167,7 +167,10 @@ class BitmapRound:
         missed = self._tracked.read_audit().missed_submissions - before.missed_submissions
         return RoundObservation(
             was_quiet=before.was_quiet,
-            rewritten_blocks=self._layout.count_common(self._wanted, self._tracked.in_use(Marks.SUBMISSION)),
+            rewritten_blocks=sum(
+                self._layout.count_common(self._wanted, self._tracked.in_use(kind))
+                for kind in (Marks.SUBMISSION, Marks.DISCARDED)
+            ),
             foreign_completions=now.foreign - before.counters.foreign,
             untracked_submissions=now.untracked - before.counters.untracked,
             missed_submissions=missed,
@@ -184,7 +187,7 @@ class BitmapRound:
         first = window * WINDOW_BYTES
         length = min(WINDOW_BYTES, self._layout.size_bytes - first)
         pending = self._layout.mask_of(self._wanted, window)
-        marked = pending & self._layout.mask_of(self._to_be_read, window)
+        marked = pending & ~self._layout.mask_of(self._unread, window)
         touched = _per_digest_block(marked)
         for low, high in _ranges(touched):
             view = buffer[low * DIGEST_BLOCK_BYTES : min(high * DIGEST_BLOCK_BYTES, length)]
@@ -195,6 +198,7 @@ class BitmapRound:
         # why: looked at after the read: what of it is newer than the swap was marked before it got to the disk.
         newer = self._layout.mask_of(self._tracked.in_use(Marks.SUBMISSION), window)
         newer |= self._layout.mask_of(self._tracked.in_use(Marks.COMPLETION), window)
+        newer |= self._layout.mask_of(self._tracked.in_use(Marks.DISCARDED), window)
         known = self._digests.known(
             window * DIGEST_BLOCKS, min((window + 1) * DIGEST_BLOCKS, self._digests.block_count)
         )

@@ -6,6 +6,7 @@ digest block, so that a window is a whole number of bytes.
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from typing import Final
 
@@ -95,6 +96,19 @@ class BlockLayout:
         words = self.windows * self.window_blocks // 8
         both = one[:words] & other[:words]
         return int(numpy.unpackbits(both[both != 0]).sum())
+
+
+def bits_like(bits: Bits) -> Bits:
+    """As many without a mark. They take memory only where they are marked later."""
+    # why: numpy asks for huge pages where it allocates much, of which one mark takes a whole one.
+    return numpy.frombuffer(mmap.mmap(-1, len(bits), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), numpy.uint8)
+
+
+def join_bits(bits: Bits, more: Bits) -> None:
+    """Marks in `bits` what is marked in `more`. Both are whole words."""
+    words = more.view("<u8")
+    marked = numpy.flatnonzero(words)
+    bits.view("<u8")[marked] |= words[marked]
 
 
 def _mark_range(bits: Bits, first: int, end: int) -> None:

@@ -13,8 +13,6 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
@@ -25,14 +23,15 @@ from mobility_agent.core.resync_cause import NAME_BYTES_MAX, ResyncCause
 from mobility_agent.core.write_audit import AuditBase, AuditReading
 from mobility_agent.tracking import bpf_calls
 from mobility_agent.tracking.abilities import block_device_directory
-from mobility_agent.tracking.block_bits import Bits, BlockLayout
+from mobility_agent.tracking.block_bits import Bits, BlockLayout, bits_like, join_bits
 
 CHUNK_BYTES: Final = 4096
 CHUNK_BLOCKS: Final = 8 * CHUNK_BYTES
 QUIET_POLL_SECONDS: Final = 0.001
-_COUNTERS: Final = struct.Struct("<11Q")
-_FLIGHT: Final = struct.Struct("<QQ")
-_CHANGE: Final = struct.Struct("<QII")
+_COUNTERS: Final = struct.Struct("<14Q")
+_BUCKETS: Final = 8192
+_CHANGE: Final = numpy.dtype([("sector", "<u8"), ("bytes", "<u4"), ("flight", "<u4")])
+_BUCKET: Final = numpy.dtype([("bios", "<u8", 8), ("changes", _CHANGE, 8)])
 _SECTORS_WRITTEN: Final = 6
 _SECTORS_DISCARDED: Final = 13
 """Fields of /sys/block/X/stat."""
@@ -43,8 +42,8 @@ class Marks(enum.IntEnum):
 
     COMPLETION = 0
     SUBMISSION = 1
-    WRITTEN = 2
-    """What changed otherwise than by a discard, at submission and at completion. It is swapped last."""
+    DISCARDED = 2
+    """What was discarded, at submission and at completion, and nothing else; the other two hold no discards."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +52,10 @@ class Counters:
 
     submitted_sectors: int
     completed_sectors: int
-    completed_sectors_again: int
+    begun_even: int
+    begun_odd: int
+    ended_even: int
+    ended_odd: int
     pass_through: int
     beyond_end: int
     untracked: int
@@ -62,6 +64,17 @@ class Counters:
     failed: int
     discards: int
     zeroings: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeInFlight:
+    """As the programs know of it; `bio` is where the kernel has it in memory."""
+
+    bio: int
+    sector: int
+    bytes: int
+    flight: int
+    """Twice the disk's slot, and the parity of its generation."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,9 +94,6 @@ class Facts:
     never_completed: int = 0
     is_unsettled: int = 1
     """What was marked at submission since the last clean audit may have been read too early: it is read again."""
-    forgiven_even: int = 0
-    forgiven_odd: int = 0
-    """Changes in flight, by the parity of their generation, that were given up as completed unseen."""
     resync_cause: str = ""
     """Why track of the disk was lost, until a new epoch was entered for it: everything is pending meanwhile."""
 
@@ -103,7 +113,7 @@ class Facts:
 
 
 _FACTS: Final = struct.Struct(f"<8s{len(fields(Facts)) - 1}q{NAME_BYTES_MAX}s")
-_FACTS_MAGIC: Final = b"FPTRACK3"
+_FACTS_MAGIC: Final = b"FPTRACK4"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +123,6 @@ class ProgramMaps:
     marks_in_use: int
     in_flight: int
     disk_counters: int
-    flights: int
     submission_program: int
 
 
@@ -126,17 +135,18 @@ class FollowedDisk:
         self.layout = BlockLayout(size_bytes=facts.size_bytes, block_bytes=facts.block_bytes)
         self._programs = programs
         self._maps: dict[str, _SharedMap] = {}
-        self.written: Bits
-        """After swap(): blocks that in the generation that ended, or shortly before or after it, were changed otherwise
-        than by a discard of all of them."""
+        self._forgiven: frozenset[ChangeInFlight] = frozenset()
+        self._written_last: Bits | None = None
+        """What was written in the generation before the one in use; None: perhaps everything."""
+        self.unread: Bits
+        """After swap(): the pending blocks of which all that is known is that they were discarded."""
         chunks = -(-self.layout.windows * self.layout.window_blocks // CHUNK_BLOCKS) + 1
         names = [_name(kind, parity) for kind in Marks for parity in (0, 1)] + ["pending", "unaudited"]
         try:
             for name in names:
                 self._maps[name] = _SharedMap(directory / name, chunks=chunks, is_new=is_new)
             self._maps["facts"] = _SharedMap(directory / "facts", chunks=1, is_new=is_new)
-            everything = numpy.full_like(self.pending, 0xFF)
-            self.written = self._written_last = everything
+            self.unread = bits_like(self.pending)
             if is_new:
                 self._maps[_name(Marks.SUBMISSION, 1)].header[0] = 1
                 self.write_facts()
@@ -220,22 +230,27 @@ class FollowedDisk:
         """Puts the other maps into use; all that was marked up to now is pending on return. Returns the parity of the
         generation that ended: its changes may still be in flight."""
         ended = self._parity_in_use(Marks.SUBMISSION)
+        written = bits_like(self.pending)
         for kind in Marks:
             parity = self._parity_in_use(kind)
             self._use(kind, 1 - parity)
-            if kind is Marks.WRITTEN:
-                written = self._maps[_name(kind, parity)].bits.copy()
-                # why: what was written between the two last swaps is of this generation here and of the next there.
-                self.written, self._written_last = self._written_last | written, written
+            if kind is Marks.DISCARDED:
+                self.unread = self._only_discarded(self._maps[_name(kind, parity)].bits)
+            else:
+                join_bits(written, self._maps[_name(kind, parity)].bits)
             self._retire(kind, parity)
+        self._written_last = written
         return ended
 
     def is_quiet(self, parity: int) -> bool:
         """Whether every change of the generations of this parity, none of which is in use, has completed."""
-        key = struct.pack("<I", 2 * self.facts.slot + parity)
-        value = bpf_calls.lookup(self._programs.flights, key, value_bytes=_FLIGHT.size)
-        begun, ended = (0, 0) if value is None else _FLIGHT.unpack(value)
-        return bool(begun == ended + (self.facts.forgiven_odd if parity else self.facts.forgiven_even))
+        # why: the ends are counted first: what begins meanwhile is a part of a change that has not ended.
+        ended, begun = self.counters(), self.counters()
+        left = begun.begun_odd - ended.ended_odd if parity else begun.begun_even - ended.ended_even
+        if left and self._forgiven:
+            self._forgiven &= self._all_in_flight()
+            left -= sum(change.flight % 2 == parity for change in self._forgiven)
+        return left == 0
 
     def wait_until_quiet(self, parity: int, *, seconds_max: float) -> bool:
         """Whether it became so in time."""
@@ -251,23 +266,23 @@ class FollowedDisk:
         still in flight cannot be told from the changes of the generation that begins: they share its parity."""
         return self.wait_until_quiet(1 - self._parity_in_use(Marks.SUBMISSION), seconds_max=seconds_max)
 
-    def changes_in_flight(self) -> dict[bytes, tuple[int, int, int]]:
-        """By their key: (sector, bytes, flight). As of about now."""
-        found = {}
-        for key in bpf_calls.keys(self._programs.in_flight, key_bytes=8):
-            value = bpf_calls.lookup(self._programs.in_flight, key, value_bytes=_CHANGE.size)
-            if value is not None and _CHANGE.unpack(value)[2] // 2 == self.facts.slot:
-                found[key] = _CHANGE.unpack(value)
-        return found
+    def changes_in_flight(self) -> frozenset[ChangeInFlight]:
+        """As of about now, but for those that were forgiven."""
+        return self._all_in_flight() - self._forgiven
 
-    def forgive(self, key: bytes, flight: int) -> None:
-        """A change in flight that has ended without being seen: nobody waits for it any more."""
-        if bpf_calls.delete(self._programs.in_flight, key):
-            if flight % 2:
-                self.facts.forgiven_odd += 1
-            else:
-                self.facts.forgiven_even += 1
-            self.write_facts()
+    def forgive(self, change: ChangeInFlight) -> None:
+        """It has ended without being seen: nobody waits for it any more."""
+        self._forgiven |= {change}
+
+    def _all_in_flight(self) -> frozenset[ChangeInFlight]:
+        with mmap.mmap(
+            self._programs.in_flight, _BUCKETS * _BUCKET.itemsize, mmap.MAP_SHARED, mmap.PROT_READ
+        ) as memory:
+            buckets = numpy.frombuffer(memory, _BUCKET).copy()
+        bios, changes = buckets["bios"].reshape(-1), buckets["changes"].reshape(-1)
+        at = numpy.flatnonzero((bios != 0) & (changes["flight"] >> 1 == self.facts.slot))
+        found = zip(bios[at].tolist(), changes[at].tolist(), strict=True)
+        return frozenset(ChangeInFlight(bio=bio, sector=one[0], bytes=one[1], flight=one[2]) for bio, one in found)
 
     def counters(self) -> Counters:
         key = struct.pack("<I", self.facts.slot)
@@ -282,7 +297,7 @@ class FollowedDisk:
         counters = self.counters()
         return AuditReading(
             kernel_sectors=kernel_sectors,
-            completed_sectors=max(counters.completed_sectors, counters.completed_sectors_again),
+            completed_sectors=counters.completed_sectors,
             submitted_sectors=counters.submitted_sectors,
             missed_submissions=bpf_calls.recursion_misses(self._programs.submission_program),
         )
@@ -314,14 +329,29 @@ class FollowedDisk:
         descriptor = self._maps[_name(kind, parity)].descriptor
         bpf_calls.update(self._programs.marks_in_use, self._place(kind), struct.pack("<I", descriptor))
 
+    def _only_discarded(self, discarded: Bits) -> Bits:
+        """Of what was discarded in the generation that ended, whose other marks are pending: what was neither pending
+        nor written in it or the one before.
+
+        A write that was under way at the same time as the discard may lie in that one. What was written earlier had
+        completed before the discard was submitted.
+        """
+        found = bits_like(discarded)
+        if self._written_last is not None:
+            marked = _marked_words(discarded)
+            others = self.pending, self.unaudited, self._written_last
+            left = discarded.view("<u8")[marked]
+            for other in others:
+                left &= ~other.view("<u8")[marked]
+            found.view("<u8")[marked] = left
+        return found
+
     def _retire(self, kind: Marks, parity: int) -> None:
         bits = self._maps[_name(kind, parity)].bits
-        with _marked_words(bits) as (words, marked):
-            if kind is not Marks.WRITTEN:
-                self.pending.view("<u8")[marked] |= words[marked]
-            if kind is Marks.SUBMISSION:
-                self.unaudited.view("<u8")[marked] |= words[marked]
-            words[marked] = 0
+        join_bits(self.pending, bits)
+        if kind is not Marks.COMPLETION:
+            join_bits(self.unaudited, bits)
+        bits.view("<u8")[_marked_words(bits)] = 0
 
     def _place(self, kind: Marks) -> bytes:
         return struct.pack("<I", len(Marks) * self.facts.slot + kind)
@@ -369,10 +399,8 @@ class _SharedMap:
         os.close(self.descriptor)
 
 
-@contextmanager
-def _marked_words(bits: Bits) -> Iterator[tuple[numpy.typing.NDArray[numpy.uint64], numpy.typing.NDArray[numpy.int64]]]:
-    words = bits.view("<u8")
-    yield words, numpy.flatnonzero(words)
+def _marked_words(bits: Bits) -> numpy.typing.NDArray[numpy.int64]:
+    return numpy.flatnonzero(bits.view("<u8"))
 
 
 def _name(kind: Marks, parity: int) -> str:

@@ -26,7 +26,11 @@ FOLLOWED_DISKS_MAX: Final = 64
 """The programs' own limit."""
 UNFINISHED: Final = "_new"
 SUBMISSION_PROGRAM: Final = "mark_submitted"
-_FOLLOWED: Final = struct.Struct("<IIQ")
+_FOLLOWED: Final = struct.Struct("<IIIxxxxQ")
+"""Device, slot, sectors per block as a power of two, blocks."""
+_PLACES: Final = 1024
+_PLACES_TRIED: Final = 4
+_GOLDEN_RATIO: Final = 0x9E3779B9
 
 
 class KernelTracker:
@@ -110,7 +114,6 @@ class KernelTracker:
             marks_in_use=self._descriptors["marks_in_use"],
             in_flight=self._descriptors["in_flight"],
             disk_counters=self._descriptors["disk_counters"],
-            flights=self._descriptors["flights"],
             submission_program=self._descriptors[f"program_{SUBMISSION_PROGRAM}"],
         )
 
@@ -130,10 +133,10 @@ class KernelTracker:
         for place in older:
             remove_pins(place)
         known = {facts.device for place in self._disks.iterdir() if (facts := FollowedDisk.read_facts(place))}
-        followed = self._descriptors["followed_disks"]
-        for key in list(bpf_calls.keys(followed, key_bytes=4)):
-            if struct.unpack("<I", key)[0] not in {_kernel_number(device) for device in known}:
-                bpf_calls.delete(followed, key)
+        for number in range(_PLACES):
+            device, _ = self._followed_at(number)
+            if device and device not in {_kernel_number(one) for one in known}:
+                self._leave(number)
 
     def _find(self, disk: DiskId, *, device: int, size_bytes: int) -> FollowedDisk | ResyncCause:
         place = self._disks / disk
@@ -172,33 +175,53 @@ class KernelTracker:
     def _start(self, disk: FollowedDisk) -> None:
         """From now on the programs mark for it."""
         facts = disk.facts
-        for key, (_, _, flight) in disk.changes_in_flight().items():
-            disk.forgive(key, flight)
         disk.put_in_use()
-        for parity in (0, 1):
-            place = struct.pack("<I", 2 * facts.slot + parity)
-            bpf_calls.update(self._descriptors["flights"], place, bytes(16))
-        value = _FOLLOWED.pack(facts.slot, disk.layout.sectors_shift, disk.layout.blocks)
-        bpf_calls.update(self._descriptors["followed_disks"], _number_of(facts), value)
+        number = _kernel_number(facts.device)
+        places = _places_of(number)
+        free = next((place for place in places if self._followed_at(place)[0] in (0, number)), None)
+        if free is None:
+            raise OSError("too many disks whose device numbers lead to the same place are tracked")
+        # why: a program may look at it while it is copied; its device comes last, and goes first.
+        for device in (0, number):
+            followed = _FOLLOWED.pack(device, facts.slot, disk.layout.sectors_shift, disk.layout.blocks)
+            bpf_calls.update(self._descriptors["followed_disks"], struct.pack("<I", free), followed)
         counters = disk.counters()
         facts.pass_through, facts.beyond_end = counters.pass_through, counters.beyond_end
         facts.never_completed = counters.never_completed
         facts.audit_base = AuditBase.of(disk.read_audit())
-        facts.forgiven_even = facts.forgiven_odd = 0
         facts.is_unsettled = 1
         disk.write_facts()
 
     def _is_followed(self, facts: Facts) -> bool:
-        value = bpf_calls.lookup(self._descriptors["followed_disks"], _number_of(facts), value_bytes=_FOLLOWED.size)
-        return value is not None and _FOLLOWED.unpack(value)[0] == facts.slot
+        return self._place_of(facts) is not None
+
+    def _place_of(self, facts: Facts) -> int | None:
+        wanted = (_kernel_number(facts.device), facts.slot)
+        return next((place for place in _places_of(wanted[0]) if self._followed_at(place) == wanted), None)
+
+    def _followed_at(self, place: int) -> tuple[int, int]:
+        """(device, slot); zeroes where there is none."""
+        value = bpf_calls.lookup(
+            self._descriptors["followed_disks"], struct.pack("<I", place), value_bytes=_FOLLOWED.size
+        )
+        device, slot, _, _ = _FOLLOWED.unpack(value or bytes(_FOLLOWED.size))
+        return device, slot
+
+    def _leave(self, place: int) -> None:
+        """Nothing is followed at this place any more."""
+        key = struct.pack("<I", place)
+        followed = bpf_calls.lookup(self._descriptors["followed_disks"], key, value_bytes=_FOLLOWED.size)
+        if followed is not None:
+            bpf_calls.update(self._descriptors["followed_disks"], key, bytes(4) + followed[4:])
 
     def _unfollow(self, disk: DiskId) -> None:
         place = self._disks / disk
         facts = FollowedDisk.read_facts(place)
         if facts is not None:
             # why: its number may have come to mean another disk, which is followed by it now
-            if self._is_followed(facts):
-                bpf_calls.delete(self._descriptors["followed_disks"], _number_of(facts))
+            followed_at = self._place_of(facts)
+            if followed_at is not None:
+                self._leave(followed_at)
             for kind in Marks:
                 bpf_calls.delete(self._descriptors["marks_in_use"], struct.pack("<I", len(Marks) * facts.slot + kind))
         remove_pins(place)
@@ -261,5 +284,7 @@ def _kernel_number(device: int) -> int:
     return os.major(device) << 20 | os.minor(device)
 
 
-def _number_of(facts: Facts) -> bytes:
-    return struct.pack("<I", _kernel_number(facts.device))
+def _places_of(number: int) -> list[int]:
+    """Where the programs look for a device."""
+    first = (number * _GOLDEN_RATIO & 0xFFFFFFFF) >> 22
+    return [(first + tried) % _PLACES for tried in range(_PLACES_TRIED)]

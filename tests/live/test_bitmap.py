@@ -359,7 +359,7 @@ def test_a_write_whose_end_nobody_saw_is_read_each_round_until_it_is_given_up(
     assert tracked.differing_blocks() == []
     monkeypatch.setattr(bitmap, "LEAK_SECONDS", -1.0)
     assert tracked.round().read_bytes == 16 * BLOCK
-    assert tracked.source._tracked.changes_in_flight() == {}
+    assert tracked.source._tracked.changes_in_flight() == frozenset()
     assert tracked.round().end.promise is Promise.COPY_IN_VALIDATED
     assert tracked.round().read_bytes == 0
 
@@ -385,13 +385,13 @@ def test_a_start_without_all_programs_attached_compares_everything(tracked: Trac
 def count_up(tracked: TrackedDisk, counter: int) -> None:
     """As if the programs had counted it."""
     maps = tracked.source._tracked
-    key, size = struct.pack("<I", maps.facts.slot), 88 * possible_processors()
+    key, size = struct.pack("<I", maps.facts.slot), 112 * possible_processors()
     value = bytearray(bpf_calls.lookup(maps._programs.disk_counters, key, value_bytes=size) or b"")
     struct.pack_into("<Q", value, 8 * counter, struct.unpack_from("<Q", value, 8 * counter)[0] + 1)
     bpf_calls.update(maps._programs.disk_counters, key, bytes(value))
 
 
-PASS_THROUGH, BEYOND_END = 3, 4
+PASS_THROUGH, BEYOND_END = 6, 7
 """Their places among the counters."""
 
 

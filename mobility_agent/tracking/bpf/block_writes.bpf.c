@@ -5,48 +5,60 @@
  *
  * - A mark in a map that is in use is never taken back here, and user space takes none back there: it swaps the map.
  * - A change counts as finished only after its blocks were marked as completed.
- * - Whatever cannot be marked exactly is counted under a name, and user space draws the conclusion. */
+ * - Whatever cannot be marked exactly is counted under a name, and user space draws the conclusion.
+ *
+ * Every write of a followed disk pays for what stands here: no hash table, no lock, no line of memory that other
+ * processors write to where it can be helped (docs/performance.md). */
 #include "kernel_types.h"
 
 char terms[] SEC("license") = "Dual BSD/GPL";
 
 #define DISKS_MAX 64
-#define CHANGES_IN_FLIGHT_MAX 32768
+#define PLACES 1024
+#define PLACES_TRIED 4
+#define BUCKETS 8192
+#define BUCKET_CHANGES 8
 #define CHUNK_BLOCKS 32768
 #define LOOPS_MAX (1 << 20)
 #define BIOS_PER_REQUEST_MAX 4096
+#define GOLDEN_RATIO 0x9E3779B9U
 
-/* One disk that is followed, by the number of its whole device. */
+/* One disk that is followed; it stands at one of the PLACES_TRIED places from where the number of its whole device leads. */
 struct followed {
+	u32 device; /* 0: there is none at this place */
 	u32 slot;
 	u32 block_shift; /* sectors per block, as a power of two */
+	u32 unused;
 	u64 blocks;
 };
 
-/* Of one disk, over all processors. */
+/* Of one disk, per processor. */
 struct counters {
 	u64 submitted_sectors;
-	u64 completed_sectors[2]; /* as each of the two completion programs saw them */
-	u64 pass_through;	  /* changes whose place is not known (SG_IO, NVMe commands) */
-	u64 beyond_end;		  /* changes behind the end of the maps */
-	u64 untracked;		  /* submissions for which there was no room among the changes in flight */
-	u64 foreign;		  /* completions of what was not seen being submitted */
-	u64 never_completed;	  /* submissions whose bio came again without having been seen completing */
+	u64 completed_sectors;
+	u64 begun[2]; /* changes that were marked in a submission map of one parity, and how many of them ended */
+	u64 ended[2];
+	u64 pass_through;    /* changes whose place is not known (SG_IO, NVMe commands) */
+	u64 beyond_end;	     /* changes behind the end of the maps */
+	u64 untracked;	     /* submissions for which there was no room among the changes in flight */
+	u64 foreign;	     /* completions of what was not seen being submitted */
+	u64 never_completed; /* submissions whose bio came again without having been seen completing */
 	u64 failed;
 	u64 discards;
 	u64 zeroings;
 };
 
-/* How many changes that were marked in a submission map of one parity began and ended. */
-struct flight {
-	u64 begun;
-	u64 ended;
-};
-
 struct change {
 	u64 sector;
 	u32 bytes;
-	u32 flight;
+	u32 flight; /* twice the slot, and the parity of the submission map */
+};
+
+/* Changes in flight whose bios' addresses lead here. A bio's address is even: what is odd here belongs to an odd
+ * generation. 0 is a free place. All that the end of a request needs of its bios lies in one line of memory. */
+struct bucket {
+	u64 bios[BUCKET_CHANGES];
+	struct change changes[BUCKET_CHANGES];
 };
 
 /* An inner map: chunk 0 says of which parity it is, chunk n + 1 holds the bits of blocks [n, n + 1) * CHUNK_BLOCKS. */
@@ -55,8 +67,8 @@ struct chunk {
 };
 
 struct {
-	MAP_UINT(type, BPF_MAP_TYPE_HASH);
-	MAP_UINT(max_entries, DISKS_MAX);
+	MAP_UINT(type, BPF_MAP_TYPE_ARRAY);
+	MAP_UINT(max_entries, PLACES);
 	MAP_TYPE(key, u32);
 	MAP_TYPE(value, struct followed);
 } followed_disks SEC(".maps");
@@ -70,17 +82,19 @@ struct {
 
 struct {
 	MAP_UINT(type, BPF_MAP_TYPE_ARRAY);
-	MAP_UINT(max_entries, 2 * DISKS_MAX);
+	MAP_UINT(max_entries, BUCKETS);
+	MAP_UINT(map_flags, BPF_F_MMAPABLE);
 	MAP_TYPE(key, u32);
-	MAP_TYPE(value, struct flight);
-} flights SEC(".maps");
-
-struct {
-	MAP_UINT(type, BPF_MAP_TYPE_HASH);
-	MAP_UINT(max_entries, CHANGES_IN_FLIGHT_MAX);
-	MAP_TYPE(key, u64); /* the bio */
-	MAP_TYPE(value, struct change);
+	MAP_TYPE(value, struct bucket);
 } in_flight SEC(".maps");
+
+/* What the first of two completion programs has just dealt with on this processor, for the second; 0 otherwise. */
+struct {
+	MAP_UINT(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	MAP_UINT(max_entries, 1);
+	MAP_TYPE(key, u32);
+	MAP_TYPE(value, u64);
+} just_completed SEC(".maps");
 
 /* By sizes, not types: kernels up to 6.1 refuse inner maps that differ from this one in their type information, and those
  * that user space makes have none. */
@@ -92,11 +106,11 @@ struct marks {
 	MAP_UINT(value_size, sizeof(struct chunk));
 };
 
-/* Of each slot: what changed, marked at completion; the same, marked at submission; what certainly or perhaps changed
- * otherwise than by a discard, marked at both times. */
+/* Of each slot: what was changed otherwise than by a discard, marked at completion; the same, marked at submission; what
+ * was discarded, marked at both times. */
 #define AT_COMPLETION 0
 #define AT_SUBMISSION 1
-#define WRITTEN 2
+#define DISCARDED 2
 #define MARKS_PER_DISK 3
 struct {
 	MAP_UINT(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
@@ -120,11 +134,10 @@ INLINE int is_discard(u32 operation)
 struct marking {
 	void *marks;
 	u64 block, end;
-	u32 failed;
 };
 
 /* Marks the blocks of one word. */
-static long mark_word(u32 index, struct marking *marking)
+static long mark_next_word(u32 index, struct marking *marking)
 {
 	u64 block = marking->block, left, mask;
 	u32 key, word, bit, count;
@@ -134,10 +147,8 @@ static long mark_word(u32 index, struct marking *marking)
 		return 1;
 	key = block / CHUNK_BLOCKS + 1;
 	chunk = bpf_map_lookup_elem(marking->marks, &key);
-	if (!chunk) {
-		marking->failed = 1;
+	if (!chunk)
 		return 1;
-	}
 	word = (block >> 6) & (CHUNK_BLOCKS / 64 - 1);
 	bit = block & 63;
 	left = marking->end - block;
@@ -152,130 +163,218 @@ static long mark_word(u32 index, struct marking *marking)
 	return 0;
 }
 
-INLINE void mark(struct followed *disk, u32 kind, u64 sector, u32 bytes, struct counters *counters)
+INLINE void *marks_of(u32 slot, u32 kind)
 {
-	u32 slot = MARKS_PER_DISK * disk->slot + kind;
-	struct marking marking = {};
+	u32 place = MARKS_PER_DISK * slot + kind;
 
-	if (!bytes)
-		return;
-	marking.block = sector >> disk->block_shift;
-	marking.end = ((sector + ((bytes + 511) >> 9) - 1) >> disk->block_shift) + 1;
-	marking.marks = bpf_map_lookup_elem(&marks_in_use, &slot);
-	if (!marking.marks || marking.end > disk->blocks) {
+	return bpf_map_lookup_elem(&marks_in_use, &place);
+}
+
+GLOBAL int count_beyond_end(u32 slot)
+{
+	struct counters *counters = bpf_map_lookup_elem(&disk_counters, &slot);
+
+	if (counters)
 		COUNT(counters->beyond_end, 1);
-		if (!marking.marks)
-			return;
-		marking.end = disk->blocks;
-	}
-	mark_word(0, &marking);
-	if (marking.block < marking.end && !marking.failed)
-		bpf_loop(LOOPS_MAX, mark_word, &marking, 0);
-	if (marking.failed || marking.block < marking.end)
-		COUNT(counters->beyond_end, 1);
-}
-
-/* A block of which a discard covers only a part is one that was written: the rest of it counts. */
-INLINE void mark_change(struct followed *disk, u32 kind, u64 sector, u32 bytes, int discards, struct counters *counters)
-{
-	u64 end = sector + ((bytes + 511) >> 9), within = (1ULL << disk->block_shift) - 1;
-
-	mark(disk, kind, sector, bytes, counters);
-	if (!discards) {
-		mark(disk, WRITTEN, sector, bytes, counters);
-		return;
-	}
-	if (sector & within)
-		mark(disk, WRITTEN, sector, 512, counters);
-	if (end & within)
-		mark(disk, WRITTEN, end - 1, 512, counters);
-}
-
-INLINE void end_flight(u32 number)
-{
-	struct flight *flight = bpf_map_lookup_elem(&flights, &number);
-
-	if (flight)
-		COUNT(flight->ended, 1);
-}
-
-INLINE int begin_flight(u64 bio, const struct change *change, struct counters *counters)
-{
-	struct flight *flight = bpf_map_lookup_elem(&flights, &change->flight);
-	struct change *stale = bpf_map_lookup_elem(&in_flight, &bio);
-
-	if (!flight)
-		return 0;
-	if (stale) {
-		COUNT(counters->never_completed, 1);
-		end_flight(stale->flight);
-	}
-	COUNT(flight->begun, 1);
-	if (bpf_map_update_elem(&in_flight, &bio, change, 0)) {
-		COUNT(counters->untracked, 1);
-		COUNT(flight->ended, 1);
-	}
 	return 0;
 }
 
-/* Returns whether it was in flight as far as anybody knew. */
-INLINE int finish(u64 bio)
+/* Marks the blocks of a change of the disk at this place of followed_disks. */
+GLOBAL int mark(u32 place, u32 kind, u64 sector, u32 bytes)
 {
-	struct change *change = bpf_map_lookup_elem(&in_flight, &bio);
-	u32 number;
+	struct followed *disk = bpf_map_lookup_elem(&followed_disks, &place);
+	struct marking marking = {};
+	u64 end;
 
-	if (!change)
+	if (!disk || !bytes)
 		return 0;
-	number = change->flight;
-	if (!bpf_map_delete_elem(&in_flight, &bio))
-		end_flight(number);
-	return 1;
+	marking.block = sector >> disk->block_shift;
+	end = ((sector + ((bytes + 511) >> 9) - 1) >> disk->block_shift) + 1;
+	marking.end = end > disk->blocks ? disk->blocks : end;
+	marking.marks = marks_of(disk->slot, kind);
+	if (!marking.marks) {
+		count_beyond_end(disk->slot);
+		return 0;
+	}
+	if (!mark_next_word(0, &marking) && marking.block < marking.end)
+		bpf_loop(LOOPS_MAX, mark_next_word, &marking, 0);
+	if (marking.block < end)
+		count_beyond_end(disk->slot);
+	return 0;
 }
 
-INLINE struct followed *follow(u32 device, struct counters **counters)
+/* A block of which a discard covers only a part is one that was written: the rest of it counts. */
+GLOBAL int mark_discard(u32 place, u32 kind_of_written, u64 sector, u32 bytes)
 {
-	struct followed *disk = bpf_map_lookup_elem(&followed_disks, &device);
+	struct followed *disk = bpf_map_lookup_elem(&followed_disks, &place);
+	u64 end = sector + ((bytes + 511) >> 9), within;
 
 	if (!disk)
 		return 0;
-	*counters = bpf_map_lookup_elem(&disk_counters, &disk->slot);
-	return *counters ? disk : 0;
+	within = (1ULL << disk->block_shift) - 1;
+	mark(place, DISCARDED, sector, bytes);
+	if (sector & within)
+		mark(place, kind_of_written, sector, 512);
+	if (end & within)
+		mark(place, kind_of_written, end - 1, 512);
+	return 0;
+}
+
+/* Where the bio is among the changes of the bucket, or BUCKET_CHANGES. */
+GLOBAL u32 find(struct bucket *bucket, u64 bio)
+{
+	u32 index;
+
+	if (!bucket)
+		return BUCKET_CHANGES;
+#pragma unroll
+	for (index = 0; index < BUCKET_CHANGES; index++)
+		if ((bucket->bios[index] & ~1ULL) == bio)
+			return index;
+	return BUCKET_CHANGES;
+}
+
+/* Gives the bio, and with it the parity of its generation, a place in the bucket, which does not hold it: where, or
+ * BUCKET_CHANGES if it is full. */
+GLOBAL u32 take_place(struct bucket *bucket, u64 bio)
+{
+	u32 index;
+
+	if (!bucket)
+		return BUCKET_CHANGES;
+#pragma unroll
+	for (index = 0; index < BUCKET_CHANGES; index++)
+		if (!bucket->bios[index] && !__sync_val_compare_and_swap(&bucket->bios[index], 0, bio))
+			return index;
+	return BUCKET_CHANGES;
+}
+
+INLINE struct bucket *bucket_of(u64 bio)
+{
+	u32 place = ((u32)(bio >> 6) * GOLDEN_RATIO) >> 19; /* 32 bits less those of BUCKETS */
+
+	return bpf_map_lookup_elem(&in_flight, &place);
+}
+
+/* A bio that came again ended its flight unseen, perhaps that of another disk. */
+GLOBAL int end_stale_flight(u32 flight)
+{
+	u32 slot = flight >> 1;
+	struct counters *counters = bpf_map_lookup_elem(&disk_counters, &slot);
+
+	if (counters)
+		COUNT(counters->ended[flight & 1], 1);
+	return 0;
+}
+
+INLINE void begin_flight(u64 bio, u64 sector, u32 bytes, u32 flight, struct counters *counters)
+{
+	struct bucket *bucket = bucket_of(bio);
+	struct change *change;
+	u32 index;
+
+	if (!bucket)
+		return;
+	index = find(bucket, bio);
+	if (index < BUCKET_CHANGES) {
+		COUNT(counters->never_completed, 1);
+		end_stale_flight(bucket->changes[index].flight);
+		*(volatile u64 *)&bucket->bios[index] = bio | (flight & 1);
+	} else {
+		index = take_place(bucket, bio | (flight & 1));
+	}
+	if (index >= BUCKET_CHANGES) {
+		COUNT(counters->untracked, 1);
+		return;
+	}
+	change = &bucket->changes[index];
+	change->sector = sector;
+	change->bytes = bytes;
+	change->flight = flight;
+	COUNT(counters->begun[flight & 1], 1);
+}
+
+/* Returns whether it was in flight as far as anybody knew. */
+INLINE int finish(u64 bio, struct counters *counters)
+{
+	struct bucket *bucket = bucket_of(bio);
+	u32 index, parity;
+
+	if (!bucket)
+		return 0;
+	index = find(bucket, bio);
+	if (index >= BUCKET_CHANGES)
+		return 0;
+	parity = bucket->bios[index] & 1;
+	*(volatile u64 *)&bucket->bios[index] = 0;
+	COUNT(counters->ended[parity], 1);
+	return 1;
+}
+
+/* Where the disk stands of the device with this number; PLACES if it is not followed. */
+GLOBAL u32 find_disk(u32 device)
+{
+	u32 first = (device * GOLDEN_RATIO) >> 22, place, tried; /* 32 bits less those of PLACES */
+	struct followed *disk;
+
+#pragma unroll
+	for (tried = 0; tried < PLACES_TRIED; tried++) {
+		place = (first + tried) & (PLACES - 1);
+		disk = bpf_map_lookup_elem(&followed_disks, &place);
+		if (disk && disk->device == device)
+			return place;
+	}
+	return PLACES;
+}
+
+/* Its place, and the counters of its disk; these are missing where it is not followed. */
+INLINE u32 follow(u32 device, u32 *slot, struct counters **counters)
+{
+	u32 place = find_disk(device);
+	struct followed *disk = bpf_map_lookup_elem(&followed_disks, &place);
+
+	*counters = 0;
+	if (disk) {
+		*slot = disk->slot;
+		*counters = bpf_map_lookup_elem(&disk_counters, slot);
+	}
+	return place;
 }
 
 SEC("tp_btf/block_bio_queue") int mark_submitted(u64 *context)
 {
 	struct bio *bio = (struct bio *)context[0];
-	u32 operation = bio->bi_opf & 0xff, slot, header = 0;
-	struct change change = {};
+	u32 operation = bio->bi_opf & 0xff, header = 0, place, slot, bytes;
 	struct counters *counters;
-	struct followed *disk;
 	struct chunk *chunk;
 	void *marks;
+	u64 sector;
 
 	if (!is_change(operation))
 		return 0;
-	disk = follow(bio->bi_bdev->bd_disk->part0->bd_dev, &counters);
-	if (!disk)
+	place = follow(bio->bi_bdev->bd_disk->part0->bd_dev, &slot, &counters);
+	if (!counters)
 		return 0;
-	change.sector = bio->bi_iter.bi_sector;
-	change.bytes = bio->bi_iter.bi_size;
-	if (!change.bytes)
+	sector = bio->bi_iter.bi_sector;
+	bytes = bio->bi_iter.bi_size;
+	if (!bytes)
 		return 0;
-	COUNT(counters->submitted_sectors, change.bytes >> 9);
-	if (is_discard(operation))
-		COUNT(counters->discards, 1);
-	if (operation == OPERATION(REQ_OP_WRITE_ZEROES))
-		COUNT(counters->zeroings, 1);
-	slot = MARKS_PER_DISK * disk->slot + AT_SUBMISSION;
-	marks = bpf_map_lookup_elem(&marks_in_use, &slot);
+	counters->submitted_sectors += bytes >> 9; /* nobody else does, and this program is not run within itself */
+	marks = marks_of(slot, AT_SUBMISSION);
 	if (!marks)
 		return 0;
 	chunk = bpf_map_lookup_elem(marks, &header);
 	if (!chunk)
 		return 0;
-	change.flight = 2 * disk->slot + (chunk->words[0] & 1);
-	begin_flight((u64)bio, &change, counters);
-	mark_change(disk, AT_SUBMISSION, change.sector, change.bytes, is_discard(operation), counters);
+	begin_flight(NUMBER_OF(bio), sector, bytes, 2 * slot + (chunk->words[0] & 1), counters);
+	if (is_discard(operation)) {
+		COUNT(counters->discards, 1);
+		mark_discard(place, AT_SUBMISSION, sector, bytes);
+		return 0;
+	}
+	if (operation == OPERATION(REQ_OP_WRITE_ZEROES))
+		COUNT(counters->zeroings, 1);
+	mark(place, AT_SUBMISSION, sector, bytes);
 	return 0;
 }
 
@@ -283,48 +382,68 @@ SEC("tp_btf/block_bio_queue") int mark_submitted(u64 *context)
 SEC("tp_btf/block_split") int follow_split(u64 *context)
 {
 	struct bio *part = (struct bio *)context[0];
-	u64 whole = (u64)part->bi_private;
-	struct change change, *known;
+	u64 whole = NUMBER_OF(part->bi_private), sector;
+	u32 bytes, flight, index, slot;
 	struct counters *counters;
-	struct followed *disk;
-	u32 bytes;
+	struct bucket *bucket;
+	struct change *known;
 
 	if (!is_change(part->bi_opf & 0xff))
 		return 0;
-	disk = follow(part->bi_bdev->bd_disk->part0->bd_dev, &counters);
-	if (!disk)
+	follow(part->bi_bdev->bd_disk->part0->bd_dev, &slot, &counters);
+	bucket = bucket_of(whole);
+	if (!counters || !bucket)
 		return 0;
-	known = bpf_map_lookup_elem(&in_flight, &whole);
-	if (!known)
+	index = find(bucket, whole);
+	if (index >= BUCKET_CHANGES)
 		return 0;
+	known = &bucket->changes[index];
 	bytes = part->bi_iter.bi_size;
-	change.sector = part->bi_iter.bi_sector;
-	change.bytes = bytes;
-	change.flight = known->flight;
+	sector = part->bi_iter.bi_sector;
+	flight = known->flight;
 	if (bytes < known->bytes) {
-		known->sector = change.sector + (bytes >> 9);
+		known->sector = sector + (bytes >> 9);
 		known->bytes -= bytes;
 	}
-	begin_flight((u64)part, &change, counters);
+	begin_flight(NUMBER_OF(part), sector, bytes, flight, counters);
 	return 0;
 }
 
 struct walk {
 	u64 bio;
 	u64 bytes;
-	struct followed *disk;
+	u64 finished_sectors;
 	struct counters *counters;
+	u32 place;
+	u32 unknown;
 	u32 is_discard;
 	u32 is_done; /* it did not fail: a discard that failed left what was there */
-	u32 counts;
 };
 
 /* One bio of a request that completes: its own place if ranges were merged, and the end of its flight if all of it is done. */
-static long walk_bio(u32 index, struct walk *walk)
+INLINE long finish_bio(struct walk *walk, u64 sector, u32 bytes, u64 next)
+{
+	if (walk->is_discard) {
+		if (walk->is_done)
+			mark_discard(walk->place, AT_COMPLETION, sector, bytes);
+		else
+			mark(walk->place, AT_COMPLETION, sector, bytes);
+	}
+	if (bytes > walk->bytes)
+		return 1; /* the request completes in parts, and this one ends within the bio */
+	if (finish(walk->bio, walk->counters))
+		walk->finished_sectors += bytes >> 9;
+	else
+		walk->unknown++;
+	walk->bytes -= bytes;
+	walk->bio = next;
+	return 0;
+}
+
+static long finish_next_bio(u32 index, struct walk *walk)
 {
 	struct bio *bio = (struct bio *)walk->bio;
-	struct bio *next = 0;
-	u64 sector = 0;
+	u64 sector = 0, next = 0;
 	u32 bytes = 0;
 
 	if (!bio || !walk->bytes)
@@ -332,104 +451,136 @@ static long walk_bio(u32 index, struct walk *walk)
 	READ_FIELD(bytes, bio, bi_iter.bi_size);
 	READ_FIELD(sector, bio, bi_iter.bi_sector);
 	READ_FIELD(next, bio, bi_next);
-	if (walk->is_discard)
-		mark_change(walk->disk, AT_COMPLETION, sector, bytes, walk->is_done, walk->counters);
-	if (bytes > walk->bytes)
-		return 1; /* the request completes in parts, and this one ends within the bio */
-	if (!finish((u64)bio) && walk->counts)
-		COUNT(walk->counters->foreign, 1);
-	walk->bytes -= bytes;
-	walk->bio = (u64)next;
-	return 0;
+	return finish_bio(walk, sector, bytes, next);
 }
 
-INLINE int request_completed(u64 *context, u32 copy)
+/* is_second: the first program was perhaps run for it as well; what that one finished is not counted again. */
+INLINE void request_completed(struct request *request, u32 is_failed, u32 bytes, u32 is_second)
 {
-	struct request *request = (struct request *)context[0];
-	u32 bytes = context[2], operation = request->cmd_flags & 0xff;
+	u32 operation = request->cmd_flags & 0xff, slot;
 	struct walk walk = {};
 	struct gendisk *gendisk;
+	struct bio *bio;
 
-	if (!is_change(operation))
-		return 0;
 	gendisk = request->q->disk;
 	if (!gendisk)
-		return 0;
-	walk.disk = follow(gendisk->part0->bd_dev, &walk.counters);
-	if (!walk.disk)
-		return 0;
+		return;
+	walk.place = follow(gendisk->part0->bd_dev, &slot, &walk.counters);
+	if (!walk.counters)
+		return;
 	if (operation == OPERATION(REQ_OP_DRV_OUT)) {
 		COUNT(walk.counters->pass_through, 1);
-		return 0;
+		return;
 	}
-	if ((u8)context[1] && !copy)
+	if (is_failed)
 		COUNT(walk.counters->failed, 1); /* marked all the same: a write that failed may have changed the medium */
-	COUNT(walk.counters->completed_sectors[copy], bytes >> 9);
 	walk.is_discard = is_discard(operation);
-	walk.is_done = !(u8)context[1];
-	if (!walk.is_discard)
-		mark_change(walk.disk, AT_COMPLETION, request->__sector, bytes, 0, walk.counters);
-	walk.bio = (u64)request->bio;
+	walk.is_done = !is_failed;
 	walk.bytes = bytes;
-	walk.counts = !copy;
-	if (!walk_bio(0, &walk))
-		bpf_loop(BIOS_PER_REQUEST_MAX, walk_bio, &walk, 0);
-	return 0;
+	if (!walk.is_discard)
+		mark(walk.place, AT_COMPLETION, request->__sector, bytes);
+	bio = request->bio;
+	if (bio && bytes) {
+		walk.bio = NUMBER_OF(bio);
+		finish_bio(&walk, bio->bi_iter.bi_sector, bio->bi_iter.bi_size, bio->bi_next ? NUMBER_OF(bio->bi_next) : 0);
+		if (walk.bio && walk.bytes)
+			bpf_loop(BIOS_PER_REQUEST_MAX, finish_next_bio, &walk, 0);
+	}
+	COUNT(walk.counters->completed_sectors, is_second ? walk.finished_sectors : bytes >> 9);
+	if (walk.unknown && !is_second)
+		COUNT(walk.counters->foreign, walk.unknown);
 }
 
 /* Only drivers that take bios come here, and bios that end before they got into a request. */
-INLINE int bio_completed(u64 *context, u32 copy)
+INLINE void bio_completed(struct bio *bio, u32 is_second)
 {
-	struct bio *bio = (struct bio *)context[1];
-	u64 key = (u64)bio, sector;
+	u64 key = NUMBER_OF(bio), sector;
 	struct counters *counters;
-	struct followed *disk;
-	struct change *change;
-	u32 bytes, operation = bio->bi_opf & 0xff, status = bio->bi_status;
+	struct bucket *bucket;
+	u32 bytes, index, place, slot, operation = bio->bi_opf & 0xff, status = bio->bi_status;
 
-	if (!is_change(operation))
-		return 0;
-	disk = follow(bio->bi_bdev->bd_disk->part0->bd_dev, &counters);
-	if (!disk)
-		return 0;
+	place = follow(bio->bi_bdev->bd_disk->part0->bd_dev, &slot, &counters);
+	bucket = bucket_of(key);
+	if (!counters || !bucket)
+		return;
 	sector = bio->bi_iter.bi_sector;
 	bytes = bio->bi_iter.bi_size;
 	KEEP(sector);
 	KEEP(bytes);
-	change = bpf_map_lookup_elem(&in_flight, &key);
-	if (change) { /* a driver may have moved the bio's own iterator meanwhile */
-		sector = change->sector;
-		bytes = change->bytes;
+	index = find(bucket, key);
+	if (index < BUCKET_CHANGES) { /* a driver may have moved the bio's own iterator meanwhile */
+		sector = bucket->changes[index].sector;
+		bytes = bucket->changes[index].bytes;
 	}
-	if (change || !copy) { /* whichever copy comes first counts for both */
-		COUNT(counters->completed_sectors[0], bytes >> 9);
-		COUNT(counters->completed_sectors[1], bytes >> 9);
+	if (index < BUCKET_CHANGES || !is_second) {
+		COUNT(counters->completed_sectors, bytes >> 9);
 		if (status)
 			COUNT(counters->failed, 1);
 	}
-	mark_change(disk, AT_COMPLETION, sector, bytes, is_discard(operation) && !status, counters);
-	if (!finish(key) && bytes && !copy)
+	if (is_discard(operation) && !status)
+		mark_discard(place, AT_COMPLETION, sector, bytes);
+	else
+		mark(place, AT_COMPLETION, sector, bytes);
+	if (!finish(key, counters) && bytes && !is_second)
 		COUNT(counters->foreign, 1);
-	return 0;
 }
 
-/* Each twice: an interrupt that comes while one of them runs is not seen by that one, but by the other. */
+/* Each twice: an interrupt that comes while one of them runs is not seen by that one, but by the other. The first says
+ * what it has dealt with, and the second does it if that is another. All programs of one event run on one processor,
+ * and the second leaves nothing behind: what it finds is of this event, or of none. */
+INLINE u64 *dealt_with(void)
+{
+	u32 place = 0;
+
+	return bpf_map_lookup_elem(&just_completed, &place);
+}
+
 SEC("tp_btf/block_rq_complete") int mark_request(u64 *context)
 {
-	return request_completed(context, 0);
+	struct request *request = (struct request *)context[0];
+	u64 *dealt = dealt_with();
+
+	if (!dealt || !is_change(request->cmd_flags & 0xff))
+		return 0;
+	request_completed(request, (u8)context[1], context[2], 0);
+	*(volatile u64 *)dealt = (u64)request;
+	return 0;
 }
 
 SEC("tp_btf/block_rq_complete") int mark_request_again(u64 *context)
 {
-	return request_completed(context, 1);
+	struct request *request = (struct request *)context[0];
+	u64 *dealt = dealt_with();
+
+	if (!dealt || !is_change(request->cmd_flags & 0xff))
+		return 0;
+	if (*(volatile u64 *)dealt != (u64)request)
+		request_completed(request, (u8)context[1], context[2], 1);
+	*(volatile u64 *)dealt = 0;
+	return 0;
 }
 
 SEC("tp_btf/block_bio_complete") int mark_bio(u64 *context)
 {
-	return bio_completed(context, 0);
+	struct bio *bio = (struct bio *)context[1];
+	u64 *dealt = dealt_with();
+
+	if (!dealt || !is_change(bio->bi_opf & 0xff))
+		return 0;
+	bio_completed(bio, 0);
+	*(volatile u64 *)dealt = (u64)bio;
+	return 0;
 }
 
 SEC("tp_btf/block_bio_complete") int mark_bio_again(u64 *context)
 {
-	return bio_completed(context, 1);
+	struct bio *bio = (struct bio *)context[1];
+	u64 *dealt = dealt_with();
+
+	if (!dealt || !is_change(bio->bi_opf & 0xff))
+		return 0;
+	if (*(volatile u64 *)dealt != (u64)bio)
+		bio_completed(bio, 1);
+	*(volatile u64 *)dealt = 0;
+	return 0;
 }

@@ -62,7 +62,17 @@ enum req_opf { /* before */
 /* Keeps the compiler from making one load of two that the verifier wants apart. */
 #define KEEP(variable) asm volatile("" : "+r"(variable))
 
+/* An address as a number: to the verifier what was on the stack is one once something was added to it. */
+#define NUMBER_OF(address)                                                                                               \
+	({                                                                                                               \
+		volatile u64 number = (u64)(address);                                                                    \
+		__sync_fetch_and_add(&number, 0);                                                                        \
+		number;                                                                                                  \
+	})
+
 #define SEC(name) __attribute__((section(name), used))
+/* Verified by itself, once: what it returns is any number to its callers, and not as many cases as it has exits. */
+#define GLOBAL __attribute__((noinline))
 #define INLINE static inline __attribute__((always_inline))
 #define MAP_UINT(name, value) int (*name)[value]
 #define MAP_TYPE(name, value) typeof(value) *name
