@@ -205,7 +205,7 @@ class FollowedDisk:
     def all_marks(self) -> bytes:
         """All that was marked and is not in the ledger yet, or may have been read too early."""
         found = self.pending | self.unaudited
-        for kind in (Marks.COMPLETION, Marks.SUBMISSION):
+        for kind in Marks:
             for parity in (0, 1):
                 found |= self._maps[_name(kind, parity)].bits
         return found.tobytes()
