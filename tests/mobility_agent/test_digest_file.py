@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import tracemalloc
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mobility_agent.core.dirty_map import SentRecord
 from mobility_agent.core.extent_set import ExtentSet
 from mobility_agent.errors import AgentStateDamaged
+from mobility_agent.ports import SourceDisk
 from mobility_agent.tracking.digest_file import ENTRY_BYTES, HEADER_BYTES, PAGE_ENTRIES, DigestFile
+from mobility_agent.tracking.scan import ScanSource
 from protocol.vocabulary import DIGEST_BLOCK_BYTES as BLOCK
 from protocol.vocabulary import DiskId
 from runtime.local_directory import LocalDirectory
+from tests.simulation.directory import SimulatedDirectory, StorageMedium
+from tests.simulation.process import ProcessKilled, SimulatedProcess
 
 DISK = DiskId("d" * 32)
 KEY = bytes(range(32))
@@ -140,3 +149,99 @@ def test_a_large_empty_disk_costs_no_space_and_little_time(tmp_path: Path) -> No
     file = make(tmp_path, blocks=2**21, empty=True)
     assert list(file.not_known_zero(0, 2**21)) == []
     assert (tmp_path / "x.digests").stat().st_blocks * 512 < 2**20
+
+
+TIB = 2**40
+MEMORY_BYTES_MAX = 2**19
+FILE_BYTES_PER_TIB = 512 * 2**20
+
+
+def test_the_digests_of_a_tebibyte_take_half_a_gibibyte_of_file_and_half_a_mebibyte_of_memory(tmp_path: Path) -> None:
+    """Whatever is done to them: docs/limits.md says so."""
+    draw = random.Random(7)
+    tracemalloc.start()
+    try:
+        file = make(tmp_path, blocks=TIB // BLOCK, empty=True)
+        assert (tmp_path / "x.digests").stat().st_size == FILE_BYTES_PER_TIB + HEADER_BYTES
+        for sequence in range(1, 100):
+            first = draw.randrange(TIB // BLOCK - 64)
+            file.write(sequence, [(block, bytes([sequence]) * 16) for block in range(first, first + 64)])
+            assert file.known(first, first + 1) == [bytes([sequence]) * 16]
+            file.forget(ExtentSet.of([(first * BLOCK, (first + 8) * BLOCK)]))
+        assert not file.holds_later_than(99)
+        assert sum(1 for _ in file.not_known_zero(0, TIB // BLOCK)) == 99 * 64
+        heir = file.next_epoch(LocalDirectory(tmp_path), "y.digests", disk=DISK, epoch=2, parent_sequence=50)
+        assert sum(1 for _ in heir.not_known_zero(0, TIB // BLOCK)) == 99 * 64
+        assert tracemalloc.get_traced_memory()[1] < MEMORY_BYTES_MAX
+    finally:
+        tracemalloc.stop()
+
+
+class _Disk:
+    """Its size is all that the digests ask of it."""
+
+    size_bytes = 64 * BLOCK
+
+
+class _Agent:
+    """Sends blocks as an agent does, the ledger first, and loses power. What the ledger holds survives: it is
+    synchronized each time."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)
+        self.medium = StorageMedium("state", self.draw)
+        self.history: dict[int, bytes] = {}
+        """By block the digest of what went out last."""
+        self.ledger: list[SentRecord] = []
+        self.sequence = 0
+        self.start()
+        self.changes.enter_epoch(1, parent_sequence=None, is_base_empty=True)
+
+    def start(self) -> None:
+        self.process = SimulatedProcess("agent")
+        self.changes = ScanSource(
+            disk=DISK,
+            source=cast(SourceDisk, _Disk()),
+            directory=SimulatedDirectory(self.medium, self.process),
+            draw_random=self.draw.randbytes,
+        )
+
+    def send(self) -> None:
+        blocks = self.draw.sample(range(64), self.draw.randint(1, 20))
+        digests = [(block, self.draw.randbytes(16)) for block in blocks]
+        self.sequence += 1
+        extents = ExtentSet.of([(block * BLOCK, (block + 1) * BLOCK) for block in blocks])
+        self.ledger.append(SentRecord(first_sequence=self.sequence, last_sequence=self.sequence, extents=extents))
+        self.history |= dict(digests)
+        if self.draw.random() < 0.2:
+            self.changes.digests.forget(extents)
+        else:
+            self.changes.sent(self.sequence, [digests])
+        if self.draw.random() < 0.2:
+            self.changes.synchronize()
+            self.ledger.clear()
+
+    def lose_power(self) -> None:
+        self.process.kill()
+        self.medium.lose_power()
+        self.start()
+
+
+@pytest.mark.parametrize("first_seed", range(0, 200, 50))
+def test_no_digest_is_wrong_wherever_the_power_goes(first_seed: int) -> None:
+    known_blocks = torn = 0
+    for seed in range(first_seed, first_seed + 50):
+        agent = _Agent(seed)
+        for _ in range(4):
+            agent.process.kill_after_operations(agent.draw.randint(1, 60))
+            with contextlib.suppress(ProcessKilled):
+                while True:
+                    agent.send()
+            agent.lose_power()
+            assert agent.changes.restore(1, agent.ledger, sent_sequence=agent.sequence)
+            zero = agent.changes.digests.zero_digest(0)
+            for block, digest in enumerate(agent.changes.digests.known(0, 64)):
+                assert digest in (None, agent.history.get(block, zero)), f"seed {seed}, block {block}"
+                known_blocks += digest is not None
+                torn += digest is None
+    assert known_blocks > torn > 0, "most is known still, and something was torn"
