@@ -47,7 +47,7 @@ STOPPED_RETRY_SECONDS: Final = 30.0
 DRAIN_ROUNDS_MAX: Final = 8
 """A disk of which not little enough is left after so many rounds changes faster than it can be read."""
 HELD_BYTES_MAX: Final = 32 * 2**20
-"""So much may be left to be read while file systems are frozen: well within one change set."""
+"""So much may be left to be sent when file systems are frozen: well within one change set."""
 
 log = structlog.get_logger(__name__)
 
@@ -197,6 +197,8 @@ class DiskReplication:
     @property
     def why_not_freezable(self) -> str:
         """For people; of a disk that freezable_device says None of."""
+        if self._meeting is not None:
+            return "it still takes part in an earlier freeze"
         if self._state is State.DELTA_REPLICATION:
             return f"its source is {self._source_name}"
         return f"it is in {self._state.value}"
@@ -459,10 +461,10 @@ class DiskReplication:
     async def _drain(self) -> bool:
         """Rounds, until what is left can be read while everything is frozen; whether that was reached."""
         for _ in range(DRAIN_ROUNDS_MAX):
-            began, read_bytes = self._ports.clock.monotonic_seconds(), self._read_bytes
+            began, sent_bytes = self._ports.clock.monotonic_seconds(), self._sent_bytes
             await self._run_round(first_bytes=0, is_copy=False)
             took_seconds = self._ports.clock.monotonic_seconds() - began
-            if took_seconds <= self._ports.held_seconds_max / 2 and self._read_bytes - read_bytes <= HELD_BYTES_MAX:
+            if took_seconds <= self._ports.held_seconds_max / 2 and self._sent_bytes - sent_bytes <= HELD_BYTES_MAX:
                 return True
         return False
 

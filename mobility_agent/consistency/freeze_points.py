@@ -20,7 +20,7 @@ import structlog
 
 from mobility_agent.consistency.freezer import FreezeProcess, Freezer, Thaw
 from mobility_agent.consistency.meeting import FreezeMeeting, Gate, Stage
-from mobility_agent.consistency.mount_table import freeze_plan, mounted_now
+from mobility_agent.consistency.mount_table import freeze_plan
 from mobility_agent.consistency.scripts import FreezeScripts
 from mobility_agent.core.freeze_plan import FreezePlan
 from mobility_agent.core.freeze_point import (
@@ -247,21 +247,24 @@ class FreezePoints:
         """Everything is thawed on return, and the scripts were told of it; with why they do not count."""
         await meeting.all_reach(Stage.DRAINED, seconds_max=DRAIN_SECONDS_MAX)
         self._require_members(meeting)
-        mounts = await blocking(self._ports.executor, mounted_now)
         plan = await blocking(
             self._ports.executor, lambda: freeze_plan({disk: devices[disk] for disk in meeting.members})
         )
         mount_points = [system.path for system in plan.file_systems]
         scripts, fault = await self._before_freeze(kind, mount_points)
         try:
-            held = await self._freeze(meeting, plan, disks, mounts)
+            held = await self._freeze(meeting, plan, disks, devices)
         except BaseException:
             await self._after_thaw(scripts, mount_points)
             raise
         return held, fault or await self._after_thaw(scripts, mount_points)
 
     async def _freeze(
-        self, meeting: FreezeMeeting, plan: FreezePlan, disks: Mapping[DiskId, FreezableDisk], mounts: str
+        self,
+        meeting: FreezeMeeting,
+        plan: FreezePlan,
+        disks: Mapping[DiskId, FreezableDisk],
+        devices: Mapping[DiskId, int],
     ) -> _Held:
         ports = self._ports
         held_elsewhere = await blocking(
@@ -274,9 +277,13 @@ class FreezePoints:
             self._require_members(meeting)
             with held_logs():
                 unfrozen, thaw = await self._mark(process, meeting, disks)
-        mounts_changed = await blocking(ports.executor, mounted_now) != mounts
+        after = await blocking(ports.executor, lambda: freeze_plan({disk: devices[disk] for disk in plan.disks}))
         return _Held(
-            plan=plan, unfrozen=unfrozen, held_elsewhere=held_elsewhere, mounts_changed=mounts_changed, thaw=thaw
+            plan=plan,
+            unfrozen=unfrozen,
+            held_elsewhere=held_elsewhere,
+            mounts_changed=(after.disks, after.to_probe) != (plan.disks, plan.to_probe),
+            thaw=thaw,
         )
 
     async def _mark(

@@ -32,11 +32,6 @@ def mounted_file_systems() -> list[FileSystem]:
     return list(file_systems(parse_mounts(_MOUNTS.read_text(encoding="utf-8", errors="surrogateescape"))))
 
 
-def mounted_now() -> str:
-    """Changes when anything is mounted or unmounted, or mounted otherwise."""
-    return _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape")
-
-
 class Mount:
     """A line of mountinfo(5)."""
 

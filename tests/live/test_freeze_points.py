@@ -3,11 +3,13 @@ instant, labelled as what it is."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -15,11 +17,13 @@ import pytest
 from protocol.vocabulary import DiskId
 from tests.live.block_devices import bpf_file_system, loop_device, mounted, run
 from tests.live.canary import Canary, busy, read_counts
+from tests.live.postgresql_server import USER, PostgresqlServer, fault_of_copy, load, need_postgresql
 from tests.live.test_whole_line import protect
 from tests.live.tracked import MIB
 from tests.scenarios.site import Agent, Site
 
-SIZE_BYTES = {"ext4": 96 * MIB, "xfs": 320 * MIB, "btrfs": 256 * MIB}
+SCRIPTS = Path(__file__).parents[2] / "deploy" / "scripts.d"
+SIZE_BYTES = {"ext4": 384 * MIB, "xfs": 320 * MIB, "btrfs": 256 * MIB}
 CHECKS = {"ext4": ("e2fsck", "-f", "-n"), "xfs": ("xfs_repair", "-n"), "btrfs": ("btrfs", "check", "--readonly")}
 ON_A_COPY = {"xfs": ("-o", "nouuid")}
 """Options of mounting a copy beside its original."""
@@ -111,3 +115,62 @@ def test_a_busy_file_system_is_recovered_clean_from_a_freeze_point(tmp_path: Pat
         point = frozen.point("file_system", known)
         frozen.expect_sound(point, before=before, after=after)
         frozen.site.wait_until("it goes on", lambda: frozen.canary.acknowledged > after)
+
+
+@dataclass(slots=True, kw_only=True)
+class FoundPoints:
+    """What recovered points showed."""
+
+    points: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+def postgresql_points(root: Path, *, points: int) -> FoundPoints:
+    """Application-consistent points of a server under load, each recovered, started and looked into."""
+    need_postgresql()
+    found = FoundPoints()
+    scripts = root / "scripts.d"
+    scripts.mkdir()
+    sockets = root / "sockets"
+    sockets.mkdir()
+    shutil.chown(sockets, USER)
+    settings = {"freeze.scripts_directory": scripts, "freeze.script_seconds_max": 60}
+    with frozen_site(root, settings=settings) as frozen:
+        server = PostgresqlServer(frozen.place / "cluster", sockets)
+        wrapper = scripts / "50-postgresql"
+        exports = "".join(f"export {name}='{value}'\n" for name, value in server.environment.items())
+        wrapper.write_text(f'#!/bin/sh\n{exports}exec {SCRIPTS / "postgresql"} "$@"\n')
+        wrapper.chmod(0o755)
+        server.make()
+        with server.running(), load(server, clients=3) as clients:
+            for _ in range(points):
+                known, before = frozen.known(), {client.number: client.acknowledged for client in clients}
+                record = frozen.freeze("--application")
+                after = {client.number: client.acknowledged for client in clients}
+                if record["result"] != "application":
+                    found.faults.append(f"not application-consistent: {record}")
+                    continue
+                with copied(frozen, frozen.point("application", known)) as copy:
+                    fault = fault_of_copy(copy / "cluster", sockets, before=before, after=after)
+                found.points += 1
+                found.faults += [fault] if fault else []
+    return found
+
+
+@contextmanager
+def copied(frozen: FrozenSite, point: str) -> Iterator[Path]:
+    """The recovered file system, mounted."""
+    image = frozen.site.root / f"{point}.img"
+    frozen.site.recover(frozen.disk, point, image)
+    copy_options = ON_A_COPY.get(frozen.kind, ())
+    with attached(image) as device, mounted(device, frozen.site.root / "copy", *copy_options) as copy:
+        yield copy
+    image.unlink()
+
+
+def test_a_busy_postgresql_is_recovered_from_application_consistent_points() -> None:
+    with TemporaryDirectory(prefix="farpoint-") as root:
+        Path(root).chmod(0o755)  # why: PostgreSQL's user has to come through
+        found = postgresql_points(Path(root), points=2)
+    assert found.faults == []
+    assert found.points == 2
