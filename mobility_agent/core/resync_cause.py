@@ -35,7 +35,7 @@ class ResyncCause(enum.StrEnum):
     MARKER_OF_ANOTHER_DISK = "marker_of_another_disk"
     """The stop that was noted was that of a disk of another size or identity."""
     IN_USE_BEFORE_TRACKING = "in_use_before_tracking"
-    """After the restart the disk was mounted, or held by another device, before tracking began."""
+    """After the restart the disk was mounted for writing, or swapped to, before tracking began."""
     WRITTEN_BEFORE_TRACKING = "written_before_tracking"
     """After the restart the kernel had counted writes to the disk before tracking began, or does not count them."""
     CHANGED_WHILE_DOWN = "changed_while_down"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,3 +143,8 @@ def test_marks_that_no_disk_of_its_size_has_are_refused() -> None:
     bomb = encode_marker(dataclasses.replace(CLEAN, marks=bytes(too_many)))
     assert decode_marker(bomb) is ResyncCause.MARKER_DAMAGED
     assert len(bomb) - DIGEST_BYTES < 1000
+
+
+def test_every_cause_is_explained_to_operators() -> None:
+    page = (Path(__file__).parents[2] / "docs/metrics.md").read_text("utf-8")
+    assert re.findall(r"^\| `([a-z_]+)` \| [^|]{20,} \|$", page, re.MULTILINE) == list(ResyncCause)
