@@ -16,7 +16,7 @@ from tests.simulation.script import DRAW_MAX, Decision
 
 HORIZON_SECONDS_MIN: Final = 30.0
 """For less time there is none."""
-CAMPAIGN_PROBABILITY: Final = 0.2
+CAMPAIGN_PROBABILITY: Final = 0.15
 FLOOD_CAMPAIGN_PROBABILITY: Final = 0.4
 BEGIN_SHARE_MAX: Final = 0.25
 """It begins in this part of the time in which faults come."""
