@@ -11,6 +11,7 @@ import json
 import sys
 
 from tests.live.hunt import FAULTS, KINDS, Found, hunt_once, rounds_until_caught
+from tests.live.restarted import resync_after_an_unclean_stop
 
 
 def main() -> int:
@@ -29,7 +30,10 @@ def main() -> int:
     for name in arguments.fault:
         caught[name] = rounds_until_caught(name, arguments.first_seed)
         print(f"fault {name}: caught in round {caught[name]}", file=sys.stderr)
-    print(json.dumps(dataclasses.asdict(found) | {"faults_caught_in_round": caught}))
+    unclean_stop = resync_after_an_unclean_stop()
+    print(
+        json.dumps(dataclasses.asdict(found) | {"faults_caught_in_round": caught, "unclean_stop_bytes": unclean_stop})
+    )
     has_settled_nothing = not found.still and arguments.rounds >= len(KINDS)
     return int(bool(found.lost or found.points_damaged or not all(caught.values()) or has_settled_nothing))
 

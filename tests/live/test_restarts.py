@@ -1,19 +1,12 @@
-"""Restarts of the machine: a clean one is gone over without comparing anything, any other compares, and says why.
-
-A restart is simulated: the pins go, the loop device goes and another one comes, whose counts begin at zero, and the
-kernel gets another name for its run.
-"""
+"""Restarts of the machine: a clean one is gone over without comparing anything, any other compares, and says why."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import itertools
 import os
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,119 +21,16 @@ from mobility_agent.errors import DiskNotSupported, ResyncNeeded
 from mobility_agent.protection import ProtectedDisk, Protection, write_protection
 from mobility_agent.settings import AgentSettings
 from mobility_agent.tracking import restart
-from mobility_agent.tracking.followed_disk import FollowedDisk
-from mobility_agent.tracking.kernel_tracker import KernelTracker, remove_pins
-from mobility_agent.tracking.restart import Restarts, marker_name
+from mobility_agent.tracking.kernel_tracker import remove_pins
+from mobility_agent.tracking.restart import marker_name
 from mobility_agent.tracking.selection import SourceSelection
 from mobility_agent.tracking.witnesses import read_witnesses
 from protocol.vocabulary import DiskId
 from runtime.local_directory import LocalDirectory
 from tests.deploy.needed_tools import not_here
 from tests.live.block_devices import bpf_file_system, mounted, need_root, run
-from tests.live.tracked import DISK, MIB, TrackedDisk
-
-BLOCK = 4096
-SIZE_BYTES = 64 * MIB
-LOOP_CONTROL_ADD, LOOP_CONTROL_REMOVE = 0x4C80, 0x4C81
-"""Of linux/loop.h."""
-FIRST_NUMBER = 700
-"""Of loop devices that nobody else makes."""
-_numbers = itertools.count(FIRST_NUMBER + os.getpid() % 1000 * 100)
-
-
-class Machine:
-    """One disk, the agent's state, and as many runs of a machine as wanted."""
-
-    def __init__(self, place: Path, pins: Path) -> None:
-        self.place = place
-        self.state = place / "state"
-        self.device = Path("/dev/loop-none")
-        self.boot_id = os.urandom(16)
-        self._pins = pins
-        self._number = 0
-        self._backing = place / "disk.img"
-        self._backing.touch()
-        os.truncate(self._backing, SIZE_BYTES)
-
-    def plug_in(self) -> None:
-        """A device that has never been written to, as far as the kernel knows."""
-        self._number = next(_numbers)
-        _control(LOOP_CONTROL_ADD, self._number)
-        self.device = Path(f"/dev/loop{self._number}")
-        run("losetup", self.device, self._backing)
-
-    def unplug(self) -> None:
-        run("losetup", "--detach", self.device)
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                _control(LOOP_CONTROL_REMOVE, self._number)
-                return
-            except OSError:
-                # why: it is let go of when its last user has closed it
-                if time.monotonic() > deadline:
-                    raise
-
-    def restart(self, meanwhile: Callable[[Path], object] | None = None) -> None:
-        """meanwhile: what another system does to the device while this one is down."""
-        remove_pins(self._pins)
-        self.unplug()
-        if meanwhile is not None:
-            self.plug_in()
-            meanwhile(self.device)
-            self.unplug()
-        self.boot_id = os.urandom(16)
-        self.plug_in()
-
-    def open_disk(self) -> LocalDisk:
-        return LocalDisk(str(self.device), expected=None)
-
-    @property
-    def restarts(self) -> Restarts:
-        return Restarts(directory=LocalDirectory(self.state), boot_id=self.boot_id)
-
-    def note_stop(self) -> ResyncCause | None:
-        """As the last unit of a shutdown does it."""
-        tracker, disk = KernelTracker(self._pins), self.open_disk()
-        tracker.open()
-        try:
-            return self.restarts.note_stop(tracker, DISK, disk)
-        finally:
-            disk.close()
-            tracker.close()
-
-    def begin_tracking(self) -> None:
-        """As the first unit of a boot does it."""
-        tracker, disk = KernelTracker(self._pins), self.open_disk()
-        tracker.open()
-        try:
-            self.restarts.follow(tracker, DISK, disk).close()
-        finally:
-            disk.close()
-            tracker.close()
-
-
-class Agent(TrackedDisk):
-    """An agent that takes tracking over restarts."""
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-        super().__init__(machine.device, machine.state, machine._pins)
-
-    def open(self) -> None:
-        self.device = self.machine.device
-        super().open()
-
-    def follow(self) -> FollowedDisk:
-        return self.machine.restarts.follow(self.tracker, DISK, self.disk)
-
-
-def _control(command: int, number: int) -> None:
-    descriptor = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        fcntl.ioctl(descriptor, command, number)
-    finally:
-        os.close(descriptor)
+from tests.live.restarted import BLOCK, SIZE_BYTES, Agent, Machine, change, resync, resync_after_an_unclean_stop
+from tests.live.tracked import DISK, MIB
 
 
 @pytest.fixture
@@ -174,11 +64,6 @@ def agent(machine: Machine) -> Iterator[Agent]:
             agent.close()
 
 
-def change(agent: Agent, name: str) -> None:
-    with mounted(agent.device, agent.machine.place / "mnt") as place:
-        (place / name).write_bytes(os.urandom(MIB))
-
-
 def write(device: Path, offset: int, data: bytes) -> None:
     descriptor = os.open(device, os.O_WRONLY | os.O_SYNC)
     try:
@@ -196,18 +81,9 @@ def changed_bytes(agent: Agent) -> int:
 
 
 def expect_resync(agent: Agent, cause: ResyncCause) -> None:
-    """Everything is compared, only what differs is sent, and then the copy is the disk."""
-    differing = len({offset // 65536 for offset in agent.differing_blocks(BLOCK)})
-    with pytest.raises(ResyncNeeded, match=f" {cause}$"):
-        agent.round()
     epoch = agent.epoch
-    agent.enter_epoch()
-    told = agent.round()
+    resync(agent, cause)
     assert agent.epoch == epoch + 1
-    assert told.read_bytes == SIZE_BYTES
-    assert told.sent_bytes <= 65536 * differing
-    assert agent.differing_blocks() == []
-    print(f"\nresync {cause}: read {told.read_bytes}, sent {told.sent_bytes} bytes of {differing} differing blocks")
 
 
 def test_after_a_clean_stop_tracking_goes_on_and_nothing_is_compared(agent: Agent) -> None:
@@ -220,17 +96,12 @@ def test_after_a_clean_stop_tracking_goes_on_and_nothing_is_compared(agent: Agen
     assert machine.note_stop() is None
     machine.restart()
     machine.begin_tracking()
-    change(agent_at(agent), "after")
+    change(agent, "after")
     agent.open()
     told = agent.round()
     assert agent.epoch == 1, "no resynchronization"
     assert agent.differing_blocks() == [], "nothing is lost, neither of before nor of after the restart"
     assert told.read_bytes < SIZE_BYTES // 4
-
-
-def agent_at(agent: Agent) -> Agent:
-    agent.device = agent.machine.device
-    return agent
 
 
 def test_several_clean_restarts_carry_what_was_not_sent(agent: Agent) -> None:
@@ -241,7 +112,7 @@ def test_several_clean_restarts_carry_what_was_not_sent(agent: Agent) -> None:
         assert machine.note_stop() is None
         machine.restart()
         machine.begin_tracking()
-        change(agent_at(agent), f"boot {number}")
+        change(agent, f"boot {number}")
     agent.open()
     agent.round()
     assert agent.epoch == 1
@@ -256,6 +127,13 @@ def test_an_unclean_stop_sends_only_what_differs(agent: Agent) -> None:
     expect_resync(agent, ResyncCause.NO_CLEAN_STOP)
 
 
+def test_what_an_unclean_stop_costs_is_told() -> None:
+    need_root()
+    told = resync_after_an_unclean_stop()
+    assert told["read"] == told["disk"]
+    assert 0 < told["changed"] <= told["sent"] < told["disk"] // 4
+
+
 def test_a_marker_is_believed_once(agent: Agent) -> None:
     """A crash after a clean restart: the marker of before it is gone."""
     machine = agent.machine
@@ -264,7 +142,7 @@ def test_a_marker_is_believed_once(agent: Agent) -> None:
     machine.restart()
     machine.begin_tracking()
     assert not (machine.state / marker_name(DISK)).exists(), "gone before anything was written"
-    change(agent_at(agent), "lost")
+    change(agent, "lost")
     machine.restart()
     agent.open()
     expect_resync(agent, ResyncCause.NO_CLEAN_STOP)
@@ -571,7 +449,7 @@ def test_the_units_of_a_machine_take_its_disk_over_a_restart(installed: Installe
     installed.protect(machine.device)
     installed.begin_tracking()
     assert not (machine.state / marker_name(DISK)).exists()
-    change(agent_at(agent), "after")
+    change(agent, "after")
     agent.open()
     told = agent.round()
     assert agent.epoch == 1
