@@ -26,7 +26,7 @@ from mobility_agent.tracking.bitmap_round import BitmapRound, Receipt, RoundBegi
 from mobility_agent.tracking.change_source import ReadTick, no_tick
 from mobility_agent.tracking.followed_disk import ChangeInFlight, Counters, FollowedDisk
 from mobility_agent.tracking.scan import ScanSource
-from protocol.vocabulary import DIGEST_BLOCK_BYTES, SEQUENCE_MAX, DiskId
+from protocol.vocabulary import SEQUENCE_MAX, DiskId
 from runtime.directory import DurableDirectory
 
 QUIET_SECONDS_MAX: Final = 0.5
@@ -120,8 +120,7 @@ class BitmapSource:
     def sent(self, sequence: int, receipts: Sequence[Receipt]) -> None:
         digests = self._known.digests
         for receipt in receipts:
-            if receipt.unknown:
-                digests.forget(ExtentSet.of(map(_digest_block, receipt.unknown)))
+            digests.forget_blocks(receipt.unknown)
             digests.write(sequence, receipt.digests)
             with self._pending_lock:
                 # why: when track is lost everything is pending, also what frames that are still on their way carry
@@ -219,7 +218,3 @@ class BitmapSource:
                 self._tracked.lose(lost)
             elif is_needed:
                 self._tracked.pending[:] |= self._tracked.unaudited
-
-
-def _digest_block(block: int) -> tuple[int, int]:
-    return block * DIGEST_BLOCK_BYTES, (block + 1) * DIGEST_BLOCK_BYTES

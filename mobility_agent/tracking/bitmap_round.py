@@ -1,7 +1,8 @@
-"""One round of the bitmap source: reads the marked blocks of one disk, compares them with what the history holds, and
-says at its end whether what it read is the disk at one instant.
+"""One round of the bitmap source: reads the marked blocks of one disk, compares them with what the history holds where
+it read enough of them, and says at its end whether what it read is the disk at one instant.
 
-- A digest is recorded only of a block that was sent or compared as a whole, with nothing newer in it.
+- A digest is recorded only of a digest block that was sent as a whole: whatever it held when it was read is what the
+  history holds. One of which a part was sent is unknown from then on.
 - What a round says is the disk at the instant of its swap is what all writes submitted until then made of it, and
   none submitted later: those were marked, and none of them went into a block of the round.
 """
@@ -17,7 +18,7 @@ import numpy
 from mobility_agent.core.change_sets import Change, FramePacker
 from mobility_agent.core.write_audit import RoundObservation, why_not_still
 from mobility_agent.ports import SourceDisk
-from mobility_agent.tracking.block_bits import WINDOW_BYTES, Bits, Mask
+from mobility_agent.tracking.block_bits import WINDOW_BYTES, Bits, Mask, bits_like, join_bits
 from mobility_agent.tracking.change_source import Promise, RoundEnd, SourceFrame
 from mobility_agent.tracking.digest_file import DigestFile
 from mobility_agent.tracking.followed_disk import Counters, FollowedDisk, Marks
@@ -25,6 +26,8 @@ from mobility_agent.tracking.scan import STEP_BYTES_MAX, is_zero, moved
 from protocol.vocabulary import DIGEST_BLOCK_BYTES, FRAME_EXTENTS_MAX, ChangeKind
 
 DIGEST_BLOCKS: Final = WINDOW_BYTES // DIGEST_BLOCK_BYTES
+READ_GAP_BYTES_MAX: Final = 16 * 1024
+"""What lies between two marked blocks is read with them if it is no more: one read is cheaper than two."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -99,8 +102,10 @@ class BitmapRound:
         self._tracked = tracked
         self._layout = tracked.layout
         self._begin = begin
-        self._wanted: Bits = tracked.pending.copy()
+        self._wanted = bits_like(tracked.pending)
+        join_bits(self._wanted, tracked.pending)
         self._unread = unread
+        self._has_unread = bool(unread.any())
         self._windows = self._layout.marked_windows(self._wanted, first_bytes=first_bytes).tolist()
         self._next = 0
         self._compared_to_bytes = first_bytes
@@ -182,50 +187,84 @@ class BitmapRound:
         )
 
     def _compare(self, buffer: memoryview) -> _Finding:
-        """Reads what is marked of the next window, in whole digest blocks, and compares those."""
+        """Reads what is marked of the next window."""
         window = self._windows[self._next]
         first = window * WINDOW_BYTES
         length = min(WINDOW_BYTES, self._layout.size_bytes - first)
         pending = self._layout.mask_of(self._wanted, window)
-        marked = pending & ~self._layout.mask_of(self._unread, window)
-        touched = _per_digest_block(marked)
-        for low, high in _ranges(touched):
-            view = buffer[low * DIGEST_BLOCK_BYTES : min(high * DIGEST_BLOCK_BYTES, length)]
-            self._source.read_into(first + low * DIGEST_BLOCK_BYTES, view)
-            self.read_bytes += len(view)
+        unread = pending & self._layout.mask_of(self._unread, window) if self._has_unread else None
+        marked = pending if unread is None else pending & ~unread
+        read = self._read(first, length, ranges(marked), buffer)
         self._next += 1
         self._compared_to_bytes = first + length
-        # why: looked at after the read: what of it is newer than the swap was marked before it got to the disk.
-        newer = self._layout.mask_of(self._tracked.in_use(Marks.SUBMISSION), window)
-        newer |= self._layout.mask_of(self._tracked.in_use(Marks.COMPLETION), window)
-        newer |= self._layout.mask_of(self._tracked.in_use(Marks.DISCARDED), window)
-        known = self._digests.known(
-            window * DIGEST_BLOCKS, min((window + 1) * DIGEST_BLOCKS, self._digests.block_count)
-        )
-        discarded = pending & ~marked
-        changes = self._discards(first, discarded)
-        receipt = Receipt(unknown=(numpy.flatnonzero(_per_digest_block(discarded)) + window * DIGEST_BLOCKS).tolist())
-        unchanged = numpy.zeros_like(marked)
-        for index in numpy.flatnonzero(touched).tolist():
-            blocks = slice(index * self._layout.digest_blocks, (index + 1) * self._layout.digest_blocks)
-            view = buffer[index * DIGEST_BLOCK_BYTES : min((index + 1) * DIGEST_BLOCK_BYTES, length)]
-            block = window * DIGEST_BLOCKS + index
-            digest = self._digests.zero_digest(block) if is_zero(view) else self._digests.digest(view)
-            if digest == known[index]:
-                unchanged[blocks] = marked[blocks]
-                continue
-            changes += self._changes(view, first + index * DIGEST_BLOCK_BYTES, marked[blocks])
-            if (newer[blocks] & ~marked[blocks]).any():
-                receipt.unknown.append(block)
-            elif block not in receipt.unknown:
-                receipt.digests.append((block, digest))
-        self._layout.clear(self._tracked.pending, window, unchanged)
-        changes = _joined(sorted(changes, key=lambda change: change.offset_bytes), buffer, first)
+        receipt, sent = Receipt(), pending
+        unchanged = self._sort_out(window, buffer[:length], marked, read, receipt)
+        if unchanged is not None:
+            self._layout.clear(self._tracked.pending, window, unchanged)
+            marked, sent = marked & ~unchanged, pending & ~unchanged
+        changes = self._changes(buffer[:length], first, ranges(marked))
+        if unread is not None and unread.any():
+            receipt.unknown += self._digest_blocks(window, unread)
+            changes = sorted([*changes, *self._discards(first, ranges(unread))], key=lambda change: change.offset_bytes)
         if changes:
-            receipt.sent.append((window, pending & ~unchanged))
+            receipt.sent.append((window, sent))
         return _Finding(changes=changes, receipt=receipt, raw_bytes=sum(change.raw_bytes for change in changes))
 
-    def _discards(self, first_bytes: int, discarded: Mask) -> list[Change]:
+    def _read(
+        self, first_bytes: int, length_bytes: int, marked: list[tuple[int, int]], buffer: memoryview
+    ) -> list[tuple[int, int]]:
+        """Reads the marked blocks of a window to their places in the buffer, and what lies between near ones; returns
+        the [first, end) bytes of the window that were read."""
+        size, read = self._layout.block_bytes, list[tuple[int, int]]()
+        for low, high in marked:
+            at, end = low * size, min(high * size, length_bytes)
+            if read and at - read[-1][1] <= READ_GAP_BYTES_MAX:
+                read[-1] = (read[-1][0], end)
+            elif at < end:
+                read.append((at, end))
+        for at, end in read:
+            self._source.read_into(first_bytes + at, buffer[at:end])
+            self.read_bytes += end - at
+        return read
+
+    def _sort_out(
+        self, window: int, view: memoryview, marked: Mask, read: list[tuple[int, int]], receipt: Receipt
+    ) -> Mask | None:
+        """Which of the marked blocks the history holds as they are; None for none. The receipt gets the digests of
+        the digest blocks that will be sent as a whole, and those of which the digest will be unknown."""
+        whole = [
+            index
+            for at, end in read
+            for index in range(-(-at // DIGEST_BLOCK_BYTES), -(-end // DIGEST_BLOCK_BYTES))
+            if min((index + 1) * DIGEST_BLOCK_BYTES, len(view)) <= end
+        ]
+        base = window * DIGEST_BLOCKS
+        if not whole:
+            receipt.unknown += self._digest_blocks(window, marked)
+            return None
+        known = self._digests.known(base + whole[0], base + whole[-1] + 1)
+        unchanged: Mask = numpy.zeros_like(marked)
+        sent_whole = set()
+        for index in whole:
+            block = view[index * DIGEST_BLOCK_BYTES : (index + 1) * DIGEST_BLOCK_BYTES]
+            digest = self._digests.zero_digest(base + index) if is_zero(block) else self._digests.digest(block)
+            places = slice(index * self._layout.digest_blocks, (index + 1) * self._layout.digest_blocks)
+            if digest == known[index - whole[0]]:
+                unchanged[places] = marked[places]
+            elif marked[places][: -(-len(block) // self._layout.block_bytes)].all():
+                receipt.digests.append((base + index, digest))
+                sent_whole.add(base + index)
+        others = self._digest_blocks(window, marked & ~unchanged)
+        receipt.unknown += [block for block in others if block not in sent_whole]
+        return unchanged
+
+    def _digest_blocks(self, window: int, mask: Mask) -> list[int]:
+        """Those that the mask touches."""
+        touched = mask.reshape(DIGEST_BLOCKS, -1).any(axis=1)
+        found: list[int] = (numpy.flatnonzero(touched) + window * DIGEST_BLOCKS).tolist()
+        return found
+
+    def _discards(self, first_bytes: int, discarded: list[tuple[int, int]]) -> list[Change]:
         """Nothing of them is read: what they hold is undefined until it is written."""
         size, end = self._layout.block_bytes, self._layout.size_bytes - first_bytes
         return [
@@ -234,18 +273,24 @@ class BitmapRound:
                 length_bytes=min(high * size, end) - low * size,
                 kind=ChangeKind.DISCARDED,
             )
-            for low, high in _ranges(discarded)
+            for low, high in discarded
         ]
 
-    def _changes(self, view: memoryview, first_bytes: int, marked: Mask) -> list[Change]:
-        """The marked parts of one digest block."""
-        found = []
-        for low, high in _ranges(marked):
+    def _changes(self, view: memoryview, first_bytes: int, marked: list[tuple[int, int]]) -> list[Change]:
+        """The marked parts of a window: zeroes are told from data digest block by digest block, or by less."""
+        found: list[Change] = []
+        for low, high in marked:
             at, end = low * self._layout.block_bytes, min(high * self._layout.block_bytes, len(view))
-            if at < end:
-                part = view[at:end]
-                kind = ChangeKind.ZEROES if is_zero(part) else ChangeKind.DATA
-                found.append(Change(offset_bytes=first_bytes + at, length_bytes=end - at, kind=kind))
+            while at < end:
+                piece_end = min((at // DIGEST_BLOCK_BYTES + 1) * DIGEST_BLOCK_BYTES, end)
+                kind = ChangeKind.ZEROES if is_zero(view[at:piece_end]) else ChangeKind.DATA
+                start = at
+                if found and found[-1].kind is kind and found[-1].end_bytes == first_bytes + at:
+                    start = found.pop().offset_bytes - first_bytes
+                data = view[start:piece_end] if kind is ChangeKind.DATA else None
+                length = piece_end - start
+                found.append(Change(offset_bytes=first_bytes + start, length_bytes=length, kind=kind, data=data))
+                at = piece_end
         return found
 
     def _frame(self, packer: FramePacker, receipt: Receipt, buffer_index: int, compared_to: int) -> SourceFrame:
@@ -258,32 +303,13 @@ class BitmapRound:
         )
 
 
-def _joined(changes: Sequence[Change], buffer: memoryview, first_bytes: int) -> list[Change]:
-    """Neighbours of one kind as one change, with their data."""
-    joined: list[Change] = []
-    start = 0
-    for index in range(1, len(changes) + 1):
-        last = changes[index - 1]
-        is_break = (
-            index == len(changes)
-            or changes[index].offset_bytes != last.end_bytes
-            or changes[index].kind is not last.kind
-        )
-        if is_break:
-            at, end, kind = changes[start].offset_bytes, last.end_bytes, last.kind
-            data = buffer[at - first_bytes : end - first_bytes] if kind is ChangeKind.DATA else None
-            joined.append(Change(offset_bytes=at, length_bytes=end - at, kind=kind, data=data))
-            start = index
-    return joined
-
-
-def _ranges(mask: Mask) -> list[tuple[int, int]]:
+def ranges(mask: Mask) -> list[tuple[int, int]]:
     """[first, end) of the runs of True."""
-    edges = numpy.flatnonzero(numpy.diff(numpy.concatenate(([False], mask, [False])).astype(numpy.int8)))
-    return list(zip(edges[0::2].tolist(), edges[1::2].tolist(), strict=True))
-
-
-def _per_digest_block(mask: Mask) -> Mask:
-    """Per digest block of a window whether any of its blocks is in the mask."""
-    found: Mask = numpy.any(mask.reshape(DIGEST_BLOCKS, -1), axis=1)
+    places = numpy.flatnonzero(mask).tolist()
+    found: list[tuple[int, int]] = []
+    for place in places:
+        if found and found[-1][1] == place:
+            found[-1] = (found[-1][0], place + 1)
+        else:
+            found.append((place, place + 1))
     return found

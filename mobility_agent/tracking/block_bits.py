@@ -93,9 +93,8 @@ class BlockLayout:
 
     def count_common(self, one: Bits, other: Bits) -> int:
         """Blocks that are marked in both."""
-        words = self.windows * self.window_blocks // 8
-        both = one[:words] & other[:words]
-        return int(numpy.unpackbits(both[both != 0]).sum())
+        marked = numpy.flatnonzero(other)
+        return int(numpy.unpackbits(one[marked] & other[marked]).sum())
 
 
 def bits_like(bits: Bits) -> Bits:

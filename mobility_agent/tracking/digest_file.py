@@ -208,6 +208,22 @@ class DigestFile:
                     base = page * PAGE_ENTRIES
                     self._put(base + low, _UNKNOWN * (high - low))
 
+    def forget_blocks(self, blocks: Iterable[int]) -> None:
+        """Makes these blocks unknown. Not synchronized. Those that lie near each other cost one write."""
+        wanted = numpy.unique(numpy.fromiter(blocks, numpy.int64))
+        with self._lock:
+            for page in numpy.unique(wanted // PAGE_ENTRIES).tolist():
+                self._load(page)
+                rows = numpy.frombuffer(self._page, numpy.uint8).reshape(PAGE_ENTRIES, ENTRY_BYTES)
+                places = wanted[wanted // PAGE_ENTRIES == page] % PAGE_ENTRIES
+                places = places[(rows[places] != 0xFF).any(axis=1)]
+                if not len(places):
+                    continue
+                first, end = int(places[0]), int(places[-1]) + 1
+                entries = rows[first:end].copy()
+                entries[places - first] = 0xFF
+                self._put(page * PAGE_ENTRIES + first, entries.tobytes())
+
     def forget_older(self, extents: ExtentSet, sequence: int) -> None:
         """Makes the blocks in these extents unknown whose entry is older than `sequence`: a newer one was lost."""
         for first_bytes, end_bytes in extents:

@@ -245,3 +245,19 @@ def test_no_digest_is_wrong_wherever_the_power_goes(first_seed: int) -> None:
                 known_blocks += digest is not None
                 torn += digest is None
     assert known_blocks > torn > 0, "most is known still, and something was torn"
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(forgotten=st.sets(st.integers(0, 2 * PAGE_ENTRIES + 4)), written=st.sets(st.integers(0, 2 * PAGE_ENTRIES + 4)))
+def test_blocks_that_are_forgotten_are_unknown_and_no_others(
+    tmp_path: Path, forgotten: set[int], written: set[int]
+) -> None:
+    file = make(tmp_path, blocks=2 * PAGE_ENTRIES + 5)
+    file.write(3, ((block, b"x" * 16) for block in written))
+    file.forget_blocks(forgotten)
+    in_memory = file.known(0, file.block_count)
+    file = reopened(tmp_path, file)
+    known = file.known(0, file.block_count)
+    assert known == in_memory
+    assert {block for block, digest in enumerate(known) if digest is not None} == written - forgotten
+    file.close()
