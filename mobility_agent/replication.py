@@ -7,7 +7,7 @@ by one event; what arrives from work or a connection that is over by then is dro
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -23,6 +23,7 @@ from mobility_agent.core.replication import (
     decide,
     is_point_due,
     judge_opening,
+    resync_cause_of,
 )
 from mobility_agent.disk_history import DiskHistory
 from mobility_agent.disk_ports import DiskPorts
@@ -149,7 +150,7 @@ class DiskReplication:
         self._error: ReplicationError | None = None
         self._read_bytes = self._sent_bytes = self._rounds = self._settled_rounds = self._points = 0
         self._alarms = self._follow_ups = 0
-        self._resyncs: dict[str, int] = {}
+        self._resyncs: Counter[str] = Counter()
         self._meeting: FreezeMeeting | None = None
         self._newest_consistency: Consistency | None = None
         self._source_name, self._source_reason = "", ""
@@ -345,8 +346,7 @@ class DiskReplication:
         try:
             event = await work
         except ResyncNeeded as fault:
-            cause = str(fault.fields["cause"])
-            self._resyncs[cause] = self._resyncs.get(cause, 0) + 1
+            self._resyncs[str(fault.fields["cause"])] += 1
             event, error = Event.RESYNC_NEEDED, fault
         except ConnectionLost:
             return  # the connection tells it itself
@@ -387,6 +387,9 @@ class DiskReplication:
         )
         self._channel = _OpenChannel(connection=connection, number=opened.channel)
         opening = judge_opening(standing, opened, disk=self.disk, disk_size_bytes=history.source.size_bytes)
+        if cause := resync_cause_of(opening, is_wanted=anew):
+            log.warning("resynchronization", disk=self.disk, path=self.path, cause=cause.value)
+            self._resyncs[cause] += 1
         if opening.event is Event.OPENED_BEHIND:
             lost = CacheLost(
                 disk=self.disk, acknowledged=standing.acknowledged_sequence, durable=opened.durable_sequence

@@ -10,6 +10,7 @@ import enum
 from dataclasses import dataclass
 from typing import Final
 
+from mobility_agent.core.resync_cause import ResyncCause
 from protocol.errors import EventNotAllowed, StaleEpoch
 from protocol.messages import DiskOpened
 from protocol.vocabulary import DiskId
@@ -201,6 +202,19 @@ def _continues(standing: Standing, opened: DiskOpened) -> bool:
     """Whether the new epoch is empty and begins at a position of the epoch that the agent knows."""
     is_next = standing.epoch > 0 and opened.parent_epoch == standing.epoch
     return is_next and opened.parent_sequence <= standing.sent_sequence and opened.durable_sequence == 0
+
+
+def resync_cause_of(opening: Opening, *, is_wanted: bool) -> ResyncCause | None:
+    """Why the opening of a history began a resynchronization; None if it did not, or if the cause was told before.
+
+    is_wanted: the agent asked for a new epoch, and knows why.
+    """
+    if opening.relation is Relation.UNKNOWN and opening.event is not Event.OPENED_EMPTY:
+        return ResyncCause.HISTORY_UNKNOWN
+    if opening.event is Event.OPENED_BEHIND:
+        return ResyncCause.CACHE_LOST
+    is_begun = opening.relation is Relation.CONTINUED and opening.event is Event.OPENED_DIFFERING
+    return ResyncCause.EPOCH_FOUND if is_begun and not is_wanted else None
 
 
 def is_settled(*, first_bytes: int, is_still: bool, dirty_remains: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Why everything on a disk has to be compared with its history again, in a new epoch: every cause has a name.
+"""Why a disk has to be compared with its history again, or sent again: every cause has a name.
 
 The name is what the log, `status` and the label `cause` of the metric say; it is kept in the kernel beside the marks,
 so that whoever takes over tracking knows it too. A name that was released stays.
@@ -48,3 +48,11 @@ class ResyncCause(enum.StrEnum):
     UNWITNESSED_CONTENTS = "unwitnessed_contents"
     """The disk holds something that would not show whether another system wrote to it while the machine was down:
     no file system that is known, swap, LVM, RAID."""
+    CACHE_LOST = "cache_lost"
+    """The process server holds less than it had acknowledged: what is missing is read again."""
+    HISTORY_UNKNOWN = "history_unknown"
+    """The agent's own state does not tell what the history holds: it was lost, damaged, or is an old copy.
+    Everything is sent."""
+    EPOCH_FOUND = "epoch_found"
+    """The process server has begun a new epoch that the agent did not ask for just now: another server took over, or an
+    answer was lost."""

@@ -10,6 +10,7 @@ from mobility_agent.core.replication import (
     TABLE,
     Action,
     Event,
+    Opening,
     Relation,
     Standing,
     State,
@@ -17,7 +18,9 @@ from mobility_agent.core.replication import (
     is_point_due,
     is_settled,
     judge_opening,
+    resync_cause_of,
 )
+from mobility_agent.core.resync_cause import ResyncCause
 from protocol.errors import EventNotAllowed, StaleEpoch
 from protocol.messages import DiskOpened
 from protocol.vocabulary import DiskId
@@ -159,6 +162,24 @@ def test_an_opening_is_judged_by_what_both_sides_know(
 ) -> None:
     opening = judge_opening(known, answer, disk=DISK, disk_size_bytes=SIZE)
     assert (opening.event, opening.relation, opening.is_base_empty) == (event, relation, empty)
+
+
+@pytest.mark.parametrize("relation", Relation)
+@pytest.mark.parametrize(
+    "event", [Event.OPENED_EMPTY, Event.OPENED_DIFFERING, Event.OPENED_COMPLETE, Event.OPENED_BEHIND]
+)
+@pytest.mark.parametrize("is_wanted", [False, True])
+def test_an_opening_that_begins_a_resync_tells_why(relation: Relation, event: Event, is_wanted: bool) -> None:
+    opening = Opening(event=event, relation=relation, is_base_empty=False, cursor_bytes=0)
+    causes = {
+        (Relation.UNKNOWN, Event.OPENED_DIFFERING): ResyncCause.HISTORY_UNKNOWN,
+        (Relation.UNKNOWN, Event.OPENED_COMPLETE): ResyncCause.HISTORY_UNKNOWN,
+        (Relation.UNKNOWN, Event.OPENED_BEHIND): ResyncCause.HISTORY_UNKNOWN,
+        (Relation.SAME_EPOCH, Event.OPENED_BEHIND): ResyncCause.CACHE_LOST,
+        (Relation.CONTINUED, Event.OPENED_BEHIND): ResyncCause.CACHE_LOST,
+        (Relation.CONTINUED, Event.OPENED_DIFFERING): None if is_wanted else ResyncCause.EPOCH_FOUND,
+    }
+    assert resync_cause_of(opening, is_wanted=is_wanted) == causes.get((relation, event))
 
 
 def test_an_older_epoch_than_the_known_one_is_refused() -> None:

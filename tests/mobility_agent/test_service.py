@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from mobility_agent.errors import AlreadyProtected, DiskVanished, NotProtected, TooManyDisks
+from mobility_agent.service import AgentService
 from protocol.control import DiskState
 from protocol.messages import CloseDisk
 from protocol.vocabulary import Consistency
@@ -197,9 +198,16 @@ async def test_an_agent_that_lost_all_its_state_sends_everything_again_zeroes_in
         if name.endswith((".ledger", ".digests")):
             bench.directory.remove(name)
     bench.change(MIB, bytes(MIB))
-    async with bench.agent():
+    async with bench.agent() as service:
         await bench.until_points(2)
+        assert resyncs(service) == {"history_unknown": 1}
     assert bench.recovered == bench.contents
+
+
+def resyncs(service: AgentService) -> dict[str, int]:
+    status = service.protection[0].replication
+    assert status is not None
+    return dict(status.resyncs)
 
 
 async def test_cache_loss_continues_in_a_new_epoch_and_copies_the_lost_extents_again(bench: Bench) -> None:
@@ -215,6 +223,7 @@ async def test_cache_loss_continues_in_a_new_epoch_and_copies_the_lost_extents_a
         history = bench.server.disks[bench.disk]
         assert history.newest.parent == (1, 1)
         resent = sum(one.raw_bytes for one in history.newest.sets)
+        assert resyncs(service) == {"cache_lost": 1}
     assert bench.recovered == bench.contents
     assert resent == 4 * MIB, "only what was lost is copied in again"
     assert bench.server.openings[-1].wants_new_epoch
@@ -227,8 +236,9 @@ async def test_cache_loss_while_the_agent_was_away_is_noticed_by_its_ledger(benc
         await service.protect(str(bench.image))
         await bench.until_points(1)
     bench.server.lose_cache(bench.disk, durable=2)
-    async with bench.agent():
+    async with bench.agent() as service:
         await bench.until_points(1)
+        assert resyncs(service) == {"cache_lost": 1}
     assert bench.recovered == bench.contents
 
 
