@@ -101,9 +101,11 @@ class Replay:
 
     def __init__(self) -> None:
         self._disks: dict[DiskId, _Replayed] = {}
+        self._is_behind_gap = False
 
     def position(self, checkpoint: DiskCheckpoint, *, is_checkpoint: bool) -> None:
-        """A POSITION record. In a checkpoint it repeats what is known; elsewhere it replaces it."""
+        """A POSITION record. In a checkpoint it repeats what is known, or goes on from there if files are gone from
+        before it; elsewhere it replaces it."""
         known = self._disks.get(checkpoint.disk)
         if known is None:
             self._disks[checkpoint.disk] = _Replayed(
@@ -111,18 +113,25 @@ class Replay:
             )
             return
         known.is_in_checkpoint = True
-        stands = (known.position.epoch, known.position.ordinal, known.position.trailer_hash)
-        if is_checkpoint and stands == (checkpoint.epoch, checkpoint.ordinal, checkpoint.trailer_hash):
+        stands, is_at = (known.position.epoch, known.position.ordinal), (checkpoint.epoch, checkpoint.ordinal)
+        is_repeated = stands == is_at and known.position.trailer_hash == checkpoint.trailer_hash
+        # why: a file is removed once all in it is committed, though an older one is still needed for another disk. What
+        # it said of committed segments is missed by nobody; those that wait are looked for in the end.
+        goes_on = self._is_behind_gap and stands < is_at
+        if is_checkpoint and known.position.epoch == checkpoint.epoch and (is_repeated or goes_on):
             known.position = checkpoint
             known.take_committed(checkpoint.committed_ordinal)
             return
-        # why: a checkpoint that does not repeat what was replayed shows that records before it are lost.
+        # why: any other checkpoint that does not repeat what was replayed shows that records before it are lost.
         self._disks[checkpoint.disk] = _Replayed(
-            position=checkpoint, committed_ordinal=checkpoint.committed_ordinal, is_damaged=is_checkpoint
+            position=checkpoint,
+            committed_ordinal=checkpoint.committed_ordinal,
+            is_damaged=is_checkpoint and not goes_on,
         )
 
-    def begin_checkpoint(self) -> None:
-        """A new file: the positions that follow are all that are known."""
+    def begin_checkpoint(self, *, is_behind_gap: bool) -> None:
+        """A new file: the positions that follow are all that are known. is_behind_gap: the one before it is gone."""
+        self._is_behind_gap = is_behind_gap
         for replayed in self._disks.values():
             replayed.is_in_checkpoint = False
 
@@ -223,7 +232,7 @@ def recover_cache(directory: DurableDirectory) -> RecoveredCache:
             found = files_io.scan(number, end_bytes=end_bytes, verify_payloads=False)
             if found.end_bytes < end_bytes:
                 _log.error("cache file is damaged", file=file_name(number), good=found.end_bytes, durable=end_bytes)
-        _replay_file(replay, files_io, found.records)
+        _replay_file(replay, files_io, found.records, is_behind_gap=number - 1 not in numbers)
         files.append(dataclasses.replace(found, records=[]))
     disks, damaged = replay.finish()
     for disk in sorted(damaged):
@@ -247,12 +256,14 @@ def _newest_checkpoint(files_io: CacheFiles, numbers: Sequence[int]) -> tuple[di
     return {}, scanned
 
 
-def _replay_file(replay: Replay, files_io: CacheFiles, records: Iterable[LocatedRecord]) -> None:
+def _replay_file(
+    replay: Replay, files_io: CacheFiles, records: Iterable[LocatedRecord], *, is_behind_gap: bool
+) -> None:
     is_checkpoint = False
     for record in records:
         if record.kind is RecordKind.CHECKPOINT:
             is_checkpoint = True
-            replay.begin_checkpoint()
+            replay.begin_checkpoint(is_behind_gap=is_behind_gap)
             continue
         if is_checkpoint and record.batch_number:
             is_checkpoint = False

@@ -19,9 +19,10 @@ from process_server.cache_log import RecordKind, cache_record
 from process_server.errors import CacheFormatNotSupported
 from process_server.metrics import ProcessServerMetrics
 from protocol.messages import OpenDisk
+from storage.errors import StoreUnavailable
 from tests.process_server.faulty_directory import FaultyDirectory, PowerCutError
 from tests.process_server.memory_store import MemoryStore
-from tests.process_server.world import DISK, DISK_BYTES, SMALL, ScriptedAgent, World, eventually
+from tests.process_server.world import DISK, DISK_BYTES, OTHER_DISK, SMALL, ScriptedAgent, World, eventually
 
 MEBIBYTE = 2**20
 CHANGE_SETS = 8
@@ -273,6 +274,41 @@ async def test_files_whose_segments_are_all_committed_are_removed(tmp_path: Path
         await agent.until_committed(40)
         await eventually(lambda: len(world.faulty.names()) <= 2)
         assert running.server._cache.used_bytes <= 2 * world.limits.cache_file_bytes
+
+
+async def test_a_disk_whose_files_are_gone_from_between_others_is_whole_after_a_restart(tmp_path: Path) -> None:
+    """Simulation, seed 2475: one disk's upload kept the oldest file, and every other disk's next checkpoint did not
+    continue what that file said."""
+    world = await fresh_world(tmp_path)
+    world.grant(1, disk=OTHER_DISK)
+    world.memory.refuses = lambda name: StoreUnavailable(url="memory:", reason="test") if DISK in name else None
+
+    def numbers() -> list[int]:
+        return [int(name.partition(".")[0]) for name in world.faulty.names()]
+
+    async with world.running() as running:
+        agent = await running.agent()
+        await agent.open(1)
+        await agent.open(2, disk=OTHER_DISK)
+        await agent.send_change_set(1, change_set(1), channel=1)
+        await agent.until_durable(1)
+        last = 0
+        while numbers()[-1] - numbers()[0] < len(numbers()) + 1:
+            last += 1
+            await agent.send_change_set(last, change_set(last % 7), channel=2)
+            await agent.until_committed(last, channel=2)
+        world.memory.is_away = True
+        await agent.send_change_set(last + 1, change_set(1), channel=2)
+        await agent.until_durable(last + 1, channel=2)
+        await running.kill()
+    world.memory.is_away = False
+    async with world.running() as running:
+        agent = await running.agent()
+        opened = await agent.open(2, disk=OTHER_DISK, epoch=1, acknowledged=last + 1)
+        assert (opened.epoch, opened.durable_sequence) == (1, last + 1)
+        opened = await agent.open(1, epoch=1, acknowledged=1)
+        assert (opened.epoch, opened.durable_sequence) == (1, 1)
+        world.memory.refuses = lambda name: None
 
 
 async def test_a_cache_of_a_later_version_is_refused_at_start(tmp_path: Path) -> None:
