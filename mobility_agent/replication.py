@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,6 +27,7 @@ from mobility_agent.core.replication import (
 )
 from mobility_agent.disk_history import DiskHistory
 from mobility_agent.disk_ports import DiskPorts
+from mobility_agent.disk_status import DiskPace, DiskStatus
 from mobility_agent.errors import AgentStateDamaged, CacheLost, DefectMet, DiskFault, ResyncNeeded
 from mobility_agent.rounds import NO_CLOCK, HeldRound, RoundOutcome, RoundSender
 from mobility_agent.tracking.change_source import ChangeSource, Round
@@ -51,48 +52,6 @@ HELD_BYTES_MAX: Final = 32 * 2**20
 """So much may be left to be sent when file systems are frozen: well within one change set."""
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiskPace:
-    """The orders of one disk."""
-
-    is_paused: bool
-    copy_interval_seconds: float
-    point_interval_seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiskStatus:
-    """What is told to operators, as of now."""
-
-    disk: DiskId
-    path: str
-    state: State
-    source: str
-    size_bytes: int
-    copied_bytes: int
-    copy_total_bytes: int
-    backlog_bytes: int
-    epoch: int
-    sent_sequence: int
-    durable_sequence: int
-    committed_sequence: int
-    source_reason: str
-    """Why the source is no better; empty for the best."""
-    is_settled: bool
-    unsettled_reason: str
-    read_bytes: int
-    sent_bytes: int
-    rounds: int
-    settled_rounds: int
-    points: int
-    newest_consistency: Consistency | None
-    """Of the newest point since the program began."""
-    audit_alarms: int
-    resyncs: Mapping[str, int]
-    """By cause."""
-    error: ReplicationError | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -532,7 +491,7 @@ class DiskReplication:
         return HeldRound(
             executor=self._ports.held_executor,
             on_read=lambda: meeting.reach(self.disk, Stage.READ),
-            label=lambda is_settled: meeting.label(self.disk, is_settled=is_settled),
+            label=lambda unsettled_reason: meeting.label(self.disk, unsettled_reason=unsettled_reason),
         )
 
     def _is_point_due(self, *, is_changed: bool) -> bool:

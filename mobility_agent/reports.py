@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
 from mobility_agent.core.replication import State
-from mobility_agent.replication import DiskStatus
+from mobility_agent.disk_status import DiskStatus
 from protocol.control import (
     DETAIL_LENGTH_MAX,
     AgentReport,

@@ -65,12 +65,13 @@ class HeldRound:
 
     Nothing of it touches the agent's state until its end, as long as it fits one change set: that may lie on a frozen
     file system. executor: for its reads, where no other disk's writes may stand in the way. on_read: all was read.
-    label: what the position may be called, once all is over; None if nobody says anything.
+    label: why the position is not settled (empty if it is) → what it may be called, once all is over; None if nobody
+    says anything.
     """
 
     executor: Executor
     on_read: Callable[[], None]
-    label: Callable[[bool], Awaitable[FreezeLabel | None]]
+    label: Callable[[str], Awaitable[FreezeLabel | None]]
 
 
 class RoundSender:
@@ -180,7 +181,7 @@ class RoundSender:
         reason = end.reason
         if not settled and not reason:
             reason = "the copy-in was resumed; the next round compares everything again"
-        label = None if self._held is None else await self._held.label(settled)
+        label = None if self._held is None else await self._held.label("" if settled else reason)
         consistency = Consistency.CRASH if settled else Consistency.UNSETTLED
         if settled and label is not None:
             consistency = label.consistency

@@ -18,6 +18,7 @@ from mobility_agent.consistency.freeze_points import FreezeOutcome, FreezePoints
 from mobility_agent.core.freeze_point import FreezeFrequency, FreezeKind
 from mobility_agent.disk_history import forget_disk
 from mobility_agent.disk_ports import DiskPorts
+from mobility_agent.disk_status import DiskPace, DiskStatus
 from mobility_agent.errors import AgentStateDamaged, DiskNotSupported, FreezeFailed
 from mobility_agent.frame_buffers import FrameBuffers
 from mobility_agent.ports import Connect, DrawRandom, OpenSource, Tracking
@@ -31,7 +32,7 @@ from mobility_agent.protection import (
     write_orders,
     write_protection,
 )
-from mobility_agent.replication import DiskPace, DiskReplication, DiskStatus
+from mobility_agent.replication import DiskReplication
 from mobility_agent.reports import MachineFacts, agent_report
 from mobility_agent.tracking.scan import ScanOnly
 from mobility_agent.uplink import ConnectionLimits, Uplink

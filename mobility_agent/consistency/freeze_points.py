@@ -350,7 +350,7 @@ def _facts(
         kind=kind,
         disks={
             disk: DiskFreezeFacts(
-                is_settled=member.is_settled,
+                unsettled_reason=member.unsettled_reason,
                 has_file_systems=bool(held.plan.disks[disk]),
                 unfrozen=[
                     f"{system.path} ({system.kind}): {faults[place.path]}"

@@ -47,7 +47,8 @@ class Member:
     stage: Stage = Stage.CALLED
     begun_seconds: float = 0.0
     """Of the monotonic clock; its round had begun by then."""
-    is_settled: bool = False
+    unsettled_reason: str = ""
+    """Why its copy is not of one instant; empty if it is."""
     label: FreezeLabel | None = None
 
 
@@ -81,12 +82,13 @@ class FreezeMeeting:
         await self._gates[gate].wait()
         return not self.is_called_off and disk in self.members
 
-    async def label(self, disk: DiskId, *, is_settled: bool) -> FreezeLabel | None:
-        """What its position may be called; None if the meeting says nothing of it."""
+    async def label(self, disk: DiskId, *, unsettled_reason: str) -> FreezeLabel | None:
+        """What its position may be called, which is settled if there is no reason why not; None if the meeting says
+        nothing of it."""
         member = self.members.get(disk)
         if member is None:
             return None
-        member.is_settled = is_settled
+        member.unsettled_reason = unsettled_reason
         self.reach(disk, Stage.JUDGED)
         await self.passed(disk, Gate.LABELLED)
         return member.label

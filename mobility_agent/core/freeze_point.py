@@ -61,7 +61,8 @@ def _since(age: float | None, ages: FreezeAges) -> float:
 class DiskFreezeFacts:
     """What is known of one disk that took part."""
 
-    is_settled: bool
+    unsettled_reason: str = ""
+    """Why its copy is not of one instant; empty if it is."""
     has_file_systems: bool = True
     """That are mounted for writing."""
     unfrozen: Sequence[str] = ()
@@ -98,8 +99,8 @@ class FreezeLabel:
 def label_freeze(facts: FreezeFacts, disk: DiskId) -> FreezeLabel:
     """For one of the disks that took part."""
     of_disk = facts.disks[disk]
-    if not of_disk.is_settled:
-        return FreezeLabel(consistency=Consistency.UNSETTLED, reason="its copy is not of one instant")
+    if of_disk.unsettled_reason:
+        return FreezeLabel(consistency=Consistency.UNSETTLED, reason=of_disk.unsettled_reason)
     lesser = _why_only_crash(facts, of_disk)
     if lesser:
         return FreezeLabel(consistency=Consistency.CRASH, reason=lesser)
@@ -133,6 +134,6 @@ def _why_not_application(facts: FreezeFacts) -> str:
     if facts.left_out:
         return f"not all disks took part: {', '.join(facts.left_out)}"
     lesser = [
-        disk for disk, of_disk in facts.disks.items() if not of_disk.is_settled or _why_only_crash(facts, of_disk)
+        disk for disk, of_disk in facts.disks.items() if of_disk.unsettled_reason or _why_only_crash(facts, of_disk)
     ]
     return f"not all disks are as good: {', '.join(lesser)}" if lesser else ""

@@ -6,171 +6,133 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import pytest
 
 from protocol.vocabulary import DiskId
+from runtime.exit_codes import ExitCode
 from tests.live.block_devices import bpf_file_system, loop_device, mounted, run
-from tests.live.canary import Canary, busy, read_counts
-from tests.live.postgresql_server import USER, PostgresqlServer, fault_of_copy, load, need_postgresql
+from tests.live.freezes import FoundPoints, control_caught_in_round, file_system_points, postgresql_points
+from tests.live.frozen_site import OFF, frozen_site
 from tests.live.test_whole_line import protect
 from tests.live.tracked import MIB
-from tests.scenarios.site import Agent, Site
-
-SCRIPTS = Path(__file__).parents[2] / "deploy" / "scripts.d"
-SIZE_BYTES = {"ext4": 384 * MIB, "xfs": 320 * MIB, "btrfs": 256 * MIB}
-CHECKS = {"ext4": ("e2fsck", "-f", "-n"), "xfs": ("xfs_repair", "-n"), "btrfs": ("btrfs", "check", "--readonly")}
-ON_A_COPY = {"xfs": ("-o", "nouuid")}
-"""Options of mounting a copy beside its original."""
-OFF = {"freeze_interval_seconds": 0, "application_interval_seconds": 0}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FrozenSite:
-    """A site with an agent that follows one busy disk."""
-
-    site: Site
-    agent: Agent
-    disk: DiskId
-    kind: str
-    place: Path
-    canary: Canary
-
-    def freeze(self, *options: str) -> dict[str, Any]:
-        """What `freeze-now` says."""
-        record: dict[str, Any] = self.agent.command("freeze-now", "-o", "json", *options).json
-        return record
-
-    def point(self, consistency: str, known: set[str]) -> str:
-        """A point of that consistency that was not known before."""
-
-        def found() -> str:
-            new = [one for one in self.site.points(self.disk) if one.point not in known]
-            return next((one.point for one in new if one.consistency.value == consistency), "")
-
-        return self.site.wait_until(f"a new {consistency} point", found)
-
-    def known(self) -> set[str]:
-        return {one.point for one in self.site.points(self.disk)}
-
-    def expect_sound(self, point: str, *, before: int, after: int) -> None:
-        """Its file system is clean after its journal was replayed, and its counters are of one instant between the two
-        acknowledgements."""
-        image = self.site.root / f"{point}.img"
-        self.site.recover(self.disk, point, image)
-        with attached(image) as device:
-            with mounted(device, self.site.root / "copy", *ON_A_COPY.get(self.kind, ())) as copy:
-                fault = read_counts(copy).fault(acknowledged_before=before, acknowledged_after=after)
-            checked = subprocess.run([*CHECKS[self.kind], device], capture_output=True, text=True, check=False)
-        assert not fault, fault
-        assert checked.returncode == 0, f"{checked.stdout}\n{checked.stderr}"
-        image.unlink()
-
-
-@contextmanager
-def attached(image: Path) -> Iterator[Path]:
-    device = run("losetup", "--find", "--show", image)
-    try:
-        yield Path(device)
-    finally:
-        run("losetup", "--detach", device)
-
-
-@contextmanager
-def frozen_site(
-    root: Path,
-    kind: str = "ext4",
-    *,
-    settings: dict[str, object] | None = None,
-    orders: dict[str, object] | None = None,
-) -> Iterator[FrozenSite]:
-    with ExitStack() as stack:
-        pins = stack.enter_context(bpf_file_system(root / "bpf"))
-        device = stack.enter_context(loop_device(root / "disk.img", size_bytes=SIZE_BYTES[kind], is_direct=True))
-        site = stack.enter_context(Site(root, config_server_settings=orders or OFF))
-        usual = {"tracking": "bitmap", "tracking_directory": pins, "freeze.seconds_max": 20.0}
-        site.agent_settings = usual | (settings or {})
-        run(f"mkfs.{kind}", "-q", device)
-        agent = site.agent()
-        place = stack.enter_context(mounted(device, root / "mnt"))
-        disk = protect(site, agent, device)
-        canary = stack.enter_context(busy(place, root / "ledger", seed=1))
-        site.wait_until("it is followed", lambda: agent.gauge("rounds_total", disk) >= 2)
-        yield FrozenSite(site=site, agent=agent, disk=disk, kind=kind, place=place, canary=canary)
+from tests.scenarios.site import Site
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
-def test_a_busy_file_system_is_recovered_clean_from_a_freeze_point(tmp_path: Path, kind: str) -> None:
-    with frozen_site(tmp_path, kind) as frozen:
-        known, before = frozen.known(), frozen.canary.acknowledged
-        record = frozen.freeze()
-        after = frozen.canary.acknowledged
-        assert (record["result"], record["reason"]) == ("file_system", ""), record
-        assert 0 < record["frozen_seconds"] < 20
-        point = frozen.point("file_system", known)
-        frozen.expect_sound(point, before=before, after=after)
-        frozen.site.wait_until("it goes on", lambda: frozen.canary.acknowledged > after)
-
-
-@dataclass(slots=True, kw_only=True)
-class FoundPoints:
-    """What recovered points showed."""
-
-    points: int = 0
-    faults: list[str] = field(default_factory=list)
-
-
-def postgresql_points(root: Path, *, points: int) -> FoundPoints:
-    """Application-consistent points of a server under load, each recovered, started and looked into."""
-    need_postgresql()
+def test_a_busy_file_system_is_recovered_clean_from_freeze_points(tmp_path: Path, kind: str) -> None:
     found = FoundPoints()
-    scripts = root / "scripts.d"
-    scripts.mkdir()
-    sockets = root / "sockets"
-    sockets.mkdir()
-    shutil.chown(sockets, USER)
-    settings = {"freeze.scripts_directory": scripts, "freeze.script_seconds_max": 60}
-    with frozen_site(root, settings=settings) as frozen:
-        server = PostgresqlServer(frozen.place / "cluster", sockets)
-        wrapper = scripts / "50-postgresql"
-        exports = "".join(f"export {name}='{value}'\n" for name, value in server.environment.items())
-        wrapper.write_text(f'#!/bin/sh\n{exports}exec {SCRIPTS / "postgresql"} "$@"\n')
-        wrapper.chmod(0o755)
-        server.make()
-        with server.running(), load(server, clients=3) as clients:
-            for _ in range(points):
-                known, before = frozen.known(), {client.number: client.acknowledged for client in clients}
-                record = frozen.freeze("--application")
-                after = {client.number: client.acknowledged for client in clients}
-                if record["result"] != "application":
-                    found.faults.append(f"not application-consistent: {record}")
-                    continue
-                with copied(frozen, frozen.point("application", known)) as copy:
-                    fault = fault_of_copy(copy / "cluster", sockets, before=before, after=after)
-                found.points += 1
-                found.faults += [fault] if fault else []
-    return found
+    file_system_points(kind, tmp_path, found, points=2)
+    assert found.faults == []
+    assert found.points == 2, found.lesser
 
 
-@contextmanager
-def copied(frozen: FrozenSite, point: str) -> Iterator[Path]:
-    """The recovered file system, mounted."""
-    image = frozen.site.root / f"{point}.img"
-    frozen.site.recover(frozen.disk, point, image)
-    copy_options = ON_A_COPY.get(frozen.kind, ())
-    with attached(image) as device, mounted(device, frozen.site.root / "copy", *copy_options) as copy:
-        yield copy
-    image.unlink()
+def test_a_copy_that_nobody_froze_is_told_to_be_unsettled_and_is(tmp_path: Path) -> None:
+    assert control_caught_in_round("ext4", tmp_path)
 
 
 def test_a_busy_postgresql_is_recovered_from_application_consistent_points() -> None:
-    with TemporaryDirectory(prefix="farpoint-") as root:
-        Path(root).chmod(0o755)  # why: PostgreSQL's user has to come through
-        found = postgresql_points(Path(root), points=2)
+    found = FoundPoints()
+    postgresql_points(found, points=2)
     assert found.faults == []
-    assert found.points == 2
+    assert found.points == 2, found.lesser
+
+
+@pytest.mark.parametrize(("status", "result"), [(0, "application"), (1, "file_system")])
+def test_a_point_is_application_consistent_only_if_every_script_succeeded(
+    tmp_path: Path, status: int, result: str
+) -> None:
+    scripts = tmp_path / "scripts.d"
+    scripts.mkdir()
+    script = scripts / "application"
+    script.write_text(
+        f'#!/bin/sh\necho "$1 $FARPOINT_MOUNT_POINTS" >>{tmp_path}/ran\ntest "$1" = thaw || exit {status}\n'
+    )
+    script.chmod(0o755)
+    with frozen_site(tmp_path, settings={"freeze.scripts_directory": scripts}) as frozen:
+        known = frozen.known()
+        record = frozen.freeze("--application")
+        assert record["result"] == result
+        assert bool(record["reason"]) is bool(status)
+        assert frozen.point(result, known)
+        assert (tmp_path / "ran").read_text().split() == ["freeze", str(frozen.place), "thaw", str(frozen.place)]
+
+
+def test_a_machine_whose_disks_get_no_points_is_frozen_by_itself(tmp_path: Path) -> None:
+    """Also where the agent's own state lies on what is frozen."""
+    orders = OFF | {"freeze_interval_seconds": 1.0, "copy_interval_seconds": 0.1}
+    with frozen_site(tmp_path, orders=orders) as frozen:
+        agent = frozen.agent
+        agent.server.stop()
+        shutil.move(agent.directory, frozen.place / "state")
+        agent.directory.symlink_to(frozen.place / "state")
+        agent.server.start()
+        known, before = frozen.known(), frozen.canary.acknowledged
+        point = frozen.point("file_system", known)
+        frozen.expect_sound(point, before=before, after=frozen.canary.acknowledged)
+        assert agent.endpoint.metric("farpoint_agent_freezes_total", result="file_system") >= 1
+        assert 0 < agent.endpoint.metric("farpoint_agent_frozen_longest_seconds") < 20
+        agent.server.stop()
+        del frozen.site.agents[agent.name]
+
+
+def test_a_freeze_that_does_not_last_until_the_disk_is_marked_makes_no_file_system_point(tmp_path: Path) -> None:
+    """Whatever is labelled so nevertheless is sound."""
+    with frozen_site(tmp_path, settings={"freeze.seconds_max": 0.05}) as frozen:
+        for _ in range(4):
+            known, before = frozen.known(), frozen.canary.acknowledged
+            record = frozen.freeze()
+            after = frozen.canary.acknowledged
+            if record["result"] == "file_system":
+                frozen.expect_sound(frozen.point("file_system", known), before=before, after=after)
+            else:
+                assert record["reason"]
+
+
+def test_what_is_mounted_out_of_sight_makes_a_lesser_point(tmp_path: Path) -> None:
+    """It was not frozen, and nobody could know; the other disk's point is what it is."""
+    with (
+        bpf_file_system(tmp_path / "bpf") as pins,
+        loop_device(tmp_path / "one.img", size_bytes=32 * MIB) as one,
+        loop_device(tmp_path / "other.img", size_bytes=32 * MIB) as other,
+        Site(tmp_path, config_server_settings=OFF) as site,
+    ):
+        site.agent_settings = {"tracking": "bitmap", "tracking_directory": pins, "freeze.seconds_max": 20.0}
+        for device in (one, other):
+            run("mkfs.ext4", "-q", "-F", device)
+        with mounted(one, tmp_path / "mnt"), mounted_out_of_sight(other, tmp_path / "hidden"):
+            agent = site.agent()
+            disks = [protect(site, agent, device) for device in (one, other)]
+            site.wait_until("both are live", lambda: all(agent.gauge("rounds_total", disk) for disk in disks))
+            done = agent.command("freeze-now", "-o", "json")
+            done.expect(ExitCode.PARTIAL)
+            assert done.json["labels"] == dict(zip(disks, ["file_system", "crash"], strict=True))
+            assert f"in use by somebody unknown: {other.name}" in done.json["reason"]
+
+            def instants(disk: DiskId, consistency: str) -> set[int]:
+                return {one.instant_ns for one in site.points(disk) if one.consistency.value == consistency}
+
+            site.wait_until(
+                "points of one instant", lambda: instants(disks[0], "file_system") & instants(disks[1], "crash")
+            )
+
+
+@contextmanager
+def mounted_out_of_sight(device: Path, place: Path) -> Iterator[None]:
+    """By a process in a mount namespace of its own."""
+    place.mkdir()
+    command = f"mount {device} {place} && echo mounted && read line"
+    holder = subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "mounted\n"
+        yield
+    finally:
+        holder.stdin.close()
+        holder.wait(60)
+        holder.stdout.close()

@@ -86,9 +86,9 @@ def test_what_nothing_known_lies_on_is_probed_unless_it_is_swap() -> None:
 def all_facts() -> Iterator[FreezeFacts]:
     """Every combination of what can go well or wrong, for a machine of two disks."""
     of_disk = [
-        DiskFreezeFacts(is_settled=settled, has_file_systems=has, unfrozen=unfrozen, held_elsewhere=held)
-        for settled, has, unfrozen, held in itertools.product(
-            (True, False), (True, False), ((), ("/efi (vfat): no",)), ((), ("sda3",))
+        DiskFreezeFacts(unsettled_reason=unsettled, has_file_systems=has, unfrozen=unfrozen, held_elsewhere=held)
+        for unsettled, has, unfrozen, held in itertools.product(
+            ("", "disturbed"), (True, False), ((), ("/efi (vfat): no",)), ((), ("sda3",))
         )
     ]
     for kind, one, other, left_out, marked, changed, fault in itertools.product(
@@ -112,7 +112,7 @@ def worse(facts: FreezeFacts) -> Iterator[FreezeFacts]:
     yield replace(facts, script_fault="failed")
     for disk, of_disk in facts.disks.items():
         for changed in (
-            replace(of_disk, is_settled=False),
+            replace(of_disk, unsettled_reason="disturbed"),
             replace(of_disk, unfrozen=("/efi (vfat): no",)),
             replace(of_disk, held_elsewhere=("sda3",)),
         ):
@@ -123,7 +123,7 @@ def test_no_label_is_better_than_what_happened() -> None:
     for facts in all_facts():
         for disk, of_disk in facts.disks.items():
             label = label_freeze(facts, disk)
-            assert (label.consistency is Consistency.UNSETTLED) is not of_disk.is_settled
+            assert (label.consistency is Consistency.UNSETTLED) is bool(of_disk.unsettled_reason)
             is_best = label.consistency.value == facts.kind.value
             assert bool(label.reason) is not is_best, "a lesser label has a reason, the wanted one has none"
             if RANK[label.consistency] >= RANK[Consistency.FILE_SYSTEM]:
@@ -138,7 +138,8 @@ def test_no_label_is_better_than_what_happened() -> None:
                 assert not facts.script_fault
                 assert not facts.left_out
                 assert all(
-                    each.is_settled and not each.unfrozen and not each.held_elsewhere for each in facts.disks.values()
+                    not each.unsettled_reason and not each.unfrozen and not each.held_elsewhere
+                    for each in facts.disks.values()
                 )
 
 

@@ -44,7 +44,7 @@ async def test_who_takes_too_long_is_dismissed(meeting: FreezeMeeting) -> None:
     await meeting.all_reach(Stage.READY, seconds_max=0.0)
     assert set(meeting.members) == {ONE}
     assert "0 s" in meeting.left[OTHER]
-    assert await meeting.label(OTHER, is_settled=True) is None
+    assert await meeting.label(OTHER, unsettled_reason="") is None
 
 
 async def test_who_has_not_read_in_time_still_takes_part(meeting: FreezeMeeting) -> None:
@@ -57,9 +57,9 @@ async def test_who_has_not_read_in_time_still_takes_part(meeting: FreezeMeeting)
 
 async def test_labels_come_when_it_is_concluded(meeting: FreezeMeeting) -> None:
     meeting.leave(OTHER, "gone")
-    told = asyncio.ensure_future(meeting.label(ONE, is_settled=True))
+    told = asyncio.ensure_future(meeting.label(ONE, unsettled_reason="disturbed"))
     await meeting.all_reach(Stage.JUDGED, seconds_max=LONG_SECONDS)
-    assert meeting.members[ONE].is_settled
+    assert meeting.members[ONE].unsettled_reason == "disturbed"
     meeting.conclude(lambda disk: GOOD)
     assert await told == GOOD
     meeting.leave(ONE, "its work has ended")
@@ -69,7 +69,7 @@ async def test_labels_come_when_it_is_concluded(meeting: FreezeMeeting) -> None:
 @pytest.mark.parametrize("gate", list(Gate))
 async def test_called_off_every_gate_opens_and_none_takes_part(meeting: FreezeMeeting, gate: Gate) -> None:
     waiting = asyncio.ensure_future(meeting.passed(ONE, gate))
-    label = asyncio.ensure_future(meeting.label(OTHER, is_settled=True))
+    label = asyncio.ensure_future(meeting.label(OTHER, unsettled_reason=""))
     await asyncio.sleep(0)
     meeting.call_off()
     assert await waiting is False
