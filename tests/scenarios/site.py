@@ -8,8 +8,11 @@ that an operator could observe; leaving the context ends every process.
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import random
 import socket
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -42,10 +45,24 @@ PORTS = range(20000, 32000)
 """Below what the kernel gives to outgoing connections, so that a port stays free while its server is down."""
 
 
+_reserved: list[int] = []
+"""Descriptors of the locks on this process's ports: given back when it ends."""
+
+
 def free_port() -> int:
-    """One on which nobody listens; drawn, so that test workers side by side do not pick the same."""
+    """One on which nobody listens, and which no other process of tests has drawn: two of them would meet another's
+    server there, and take it for their own."""
+    place = Path(tempfile.gettempdir()) / f"farpoint-ports-{os.geteuid()}"
+    place.mkdir(mode=0o700, exist_ok=True)
     while True:
         port = random.SystemRandom().choice(PORTS)
+        lock = os.open(place / str(port), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            continue
+        _reserved.append(lock)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
