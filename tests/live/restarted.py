@@ -136,8 +136,11 @@ def change(agent: Agent, name: str) -> None:
 
 
 def resync(agent: Agent, cause: ResyncCause) -> Told:
-    """The round after the cause was told: everything is compared in a new epoch, and only what differs is sent."""
+    """The round after the cause was told: everything is compared in a new epoch, and only what differs is sent, or is
+    not known to be the same, because only a part of it was sent."""
+    digests = agent.source._known.digests
     differing = {offset // DIGEST_BLOCK_BYTES for offset in agent.differing_blocks(BLOCK)}
+    differing |= {block for block, digest in enumerate(digests.known(0, digests.block_count)) if digest is None}
     told_cause = None
     try:
         agent.round()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -501,3 +502,47 @@ def test_an_agent_that_may_not_track_takes_the_marker_away(installed: Installed)
             ).close()
         assert not (machine.state / marker_name(DISK)).exists()
         Agent(machine).close()
+
+
+FIRST_PARTITION, SECOND_PARTITION, PARTITION_BYTES = 2 * MIB, 34 * MIB, 24 * MIB
+
+
+def partitioned(device: Path) -> None:
+    """With an ext4 in each of two partitions."""
+    entries = b"".join(
+        struct.pack("<4xB3xII", 0x83, first // 512, PARTITION_BYTES // 512)
+        for first in (FIRST_PARTITION, SECOND_PARTITION)
+    )
+    write(device, 0, bytes(440) + b"disk\0\0" + entries + bytes(32) + b"\x55\xaa" + bytes(MIB - 512))
+    for first in (FIRST_PARTITION, SECOND_PARTITION):
+        run("mkfs.ext4", "-q", "-F", "-E", f"offset={first}", device, f"{PARTITION_BYTES // 1024}k")
+
+
+def write_in_partition(device: Path, first: int) -> None:
+    with (
+        tempfile.TemporaryDirectory() as place,
+        mounted(device, Path(place), "-o", f"loop,offset={first},sizelimit={PARTITION_BYTES}") as mount,
+    ):
+        (mount / os.urandom(4).hex()).write_bytes(os.urandom(MIB))
+
+
+def test_a_partitioned_disk_goes_over_a_restart_and_each_partition_is_a_witness(machine: Machine) -> None:
+    partitioned(machine.device)
+    agent = Agent(machine)
+    agent.round_or_resync()
+    write_in_partition(machine.device, SECOND_PARTITION)
+    agent.close()
+    assert machine.note_stop() is None
+    machine.restart()
+    machine.begin_tracking()
+    write_in_partition(machine.device, FIRST_PARTITION)
+    agent.open()
+    agent.round()
+    assert agent.epoch == 1
+    assert agent.differing_blocks() == []
+    agent.close()
+    assert machine.note_stop() is None
+    machine.restart(lambda device: write_in_partition(device, SECOND_PARTITION))
+    agent.open()
+    expect_resync(agent, ResyncCause.CHANGED_WHILE_DOWN)
+    agent.close()
