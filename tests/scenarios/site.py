@@ -45,6 +45,8 @@ PORTS = range(20000, 32000)
 """Below what the kernel gives to outgoing connections, so that a port stays free while its server is down."""
 
 
+RESERVED_PORTS_MAX = 400
+"""The oldest are given back first: a long torture makes many sites, one after the other."""
 _reserved: list[int] = []
 """Descriptors of the locks on this process's ports: given back when it ends."""
 
@@ -63,6 +65,8 @@ def free_port() -> int:
             os.close(lock)
             continue
         _reserved.append(lock)
+        if len(_reserved) > RESERVED_PORTS_MAX:
+            os.close(_reserved.pop(0))
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
