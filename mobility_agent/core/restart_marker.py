@@ -18,7 +18,7 @@ from blake3 import blake3
 
 from mobility_agent.core.resync_cause import NAME_BYTES_MAX, ResyncCause
 from protocol.errors import InvalidValue
-from protocol.vocabulary import DiskId
+from protocol.vocabulary import DISK_SIZE_BYTES_MAX, DiskId
 
 FORMAT: Final = 1
 DIGEST_BYTES: Final = 32
@@ -161,7 +161,7 @@ def _decode(data: bytes) -> Marker:
     magic, version, disk, size, block, boot, identity, witnesses, refused, length = _HEADER.unpack_from(body)
     if magic != _MAGIC or version != FORMAT:
         raise InvalidValue(what="marker", value=version, rule=f"its format is {FORMAT}")
-    if not block or length > size // block // 8 + SPARE_MARK_BYTES_MAX:
+    if not block or size > DISK_SIZE_BYTES_MAX or length > size // block // 8 + SPARE_MARK_BYTES_MAX:
         raise InvalidValue(what="marks", value=length, rule="they are no more than the disk has blocks")
     marks = zlib.decompressobj().decompress(body[_HEADER.size :], length + 1)
     if len(marks) != length:

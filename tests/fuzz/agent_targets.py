@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from typing import Final
 
@@ -12,7 +13,9 @@ from mobility_agent.control_socket import Request
 from mobility_agent.core.dirty_map import DirtyMap, SentRecord
 from mobility_agent.core.extent_set import ExtentSet
 from mobility_agent.core.ledger import encode_entry, replay, standing_entry
-from mobility_agent.disk_identity import _contents
+from mobility_agent.core.restart_marker import DIGEST_BYTES, Marker, decode_marker, encode_marker
+from mobility_agent.core.resync_cause import ResyncCause
+from mobility_agent.disk_identity import _contents, file_system_places
 from mobility_agent.errors import AgentStateDamaged
 from mobility_agent.protection import ORDERS_FILE, PROTECTION_FILE, read_orders, read_protection
 from mobility_agent.tracking.digest_file import DigestFile
@@ -133,6 +136,32 @@ def disk_sectors(data: bytes) -> None:
             partition_table=partition_table,
             file_systems=file_systems,
         )
+        places = file_system_places(read_at, sector_bytes)
+        assert [start for start, _ in places] == sorted({start for start, _ in places})
+
+
+def restart_marker(data: bytes) -> None:
+    """As it is, and with its check made good: what is decoded is encoded to what decodes to the same."""
+    body = data[:-DIGEST_BYTES]
+    for candidate in (data, body + blake3(body).digest(DIGEST_BYTES)):
+        found = decode_marker(candidate)
+        if isinstance(found, Marker):
+            assert decode_marker(encode_marker(found)) == found
+
+
+def restart_markers() -> list[bytes]:
+    clean = Marker(
+        disk=DISK,
+        size_bytes=2**28,
+        block_bytes=4096,
+        boot_id=bytes(16),
+        identity=bytes(range(32)),
+        witnesses=bytes(range(32, 64)),
+        refused=None,
+        marks=bytes(range(256)) * 32,
+    )
+    refused = dataclasses.replace(clean, refused=ResyncCause.IN_USE_AT_STOP, marks=b"")
+    return [encode_marker(clean), encode_marker(refused)]
 
 
 def disk_sector_seeds() -> list[bytes]:
@@ -163,6 +192,7 @@ AGENT_TARGETS: Final = (
         seeds=lambda: [b"".join(ledger_entries()[:count]) for count in (1, 3, 6)],
     ),
     Target(name="digest-file", run=digests, refusals=(), seeds=lambda: [digest_bytes()], bytes_max=8192),
+    Target(name="restart-marker", run=restart_marker, refusals=(), seeds=restart_markers),
     Target(
         name="protection-file",
         run=lambda data: read_protection(BytesDirectory({PROTECTION_FILE: data})),
