@@ -137,7 +137,7 @@ def _add_files(program: Program, sources: Sources, root: Path) -> None:
     shutil.copy(
         sources.tree / "deploy/settings" / f"{program.command}.toml", root / "etc/farpoint" / f"{program.command}.toml"
     )
-    for name in ("installation.md", "settings.md", "metrics.md", "limits.md"):
+    for name in ("installation.md", "settings.md", "metrics.md", "limits.md", *program.documents):
         if (sources.tree / "docs" / name).exists():
             shutil.copy(sources.tree / "docs" / name, documents / name)
     (documents / "farpoint.cdx.json").write_text(sources.bill_of_materials, "utf-8")
@@ -152,6 +152,8 @@ def _add_files(program: Program, sources: Sources, root: Path) -> None:
         drop_ins = sources.tree / "deploy/systemd" / f"{program.unit}.d"
         if drop_ins.exists():
             shutil.copytree(drop_ins, documents / "examples" / drop_ins.name)
+    for name in program.examples:
+        shutil.copytree(sources.tree / "deploy" / name, documents / "examples" / name)
 
 
 def _set_modes(root: Path) -> None:

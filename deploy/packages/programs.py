@@ -16,7 +16,8 @@ class Program:
 
     name: of its package without `farpoint-`, of its directories and of its service. command: what is put on the path.
     packages: the import packages of ours that it holds. extras: of the wheel. user: of its service; "" where it has
-    none of its own. further_units: what it needs at other times than its service runs.
+    none of its own. further_units: what it needs at other times than its service runs. documents: of docs/, beside
+    those that all have. examples: folders of deploy/ for operators to choose from.
     """
 
     name: str
@@ -29,6 +30,8 @@ class Program:
     summary: str
     description: str
     further_units: tuple[str, ...] = ()
+    documents: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
 
     @property
     def package_name(self) -> str:
@@ -55,6 +58,8 @@ PROGRAMS: Final = (
         summary="Farpoint's mobility agent: replicates this machine's disks",
         description="Runs on a machine that is protected, and sends its disks' changes to a process server.",
         further_units=("farpoint-mobility-agent-begin.service", "farpoint-mobility-agent-stop.service"),
+        documents=("application-points.md",),
+        examples=("scripts.d",),
     ),
     Program(
         name="process-server",

@@ -12,7 +12,7 @@ from deploy.packages.programs import PROGRAMS, Program
 from tests.deploy.needed_tools import DEPLOY, need_tool, run
 
 SERVICES = [program for program in PROGRAMS if program.has_service]
-AGENT_CAPABILITIES = "CAP_DAC_READ_SEARCH CAP_LEASE CAP_BPF CAP_PERFMON"
+AGENT_CAPABILITIES = "CAP_DAC_READ_SEARCH CAP_LEASE CAP_BPF CAP_PERFMON CAP_SYS_ADMIN"
 EXPOSURE_MAX = {"mobility-agent": 3.0, "process-server": 2.0, "config-server": 2.0}
 
 each_service = pytest.mark.parametrize("program", SERVICES, ids=lambda program: program.name)
@@ -44,7 +44,6 @@ def root_with(tmp_path: Path, program: Program, *, drop_ins: bool) -> Path:
 @each_service
 @pytest.mark.parametrize("drop_ins", [False, True], ids=["as-installed", "with-drop-ins"])
 def test_a_service_is_exposed_no_more_than_promised(tmp_path: Path, program: Program, drop_ins: bool) -> None:
-    """With the drop-ins: what freezing will need is counted."""
     need_tool("systemd-analyze", "systemd")
     root = root_with(tmp_path, program, drop_ins=drop_ins)
     for unit in program.units:
@@ -89,7 +88,7 @@ def test_a_unit_fits_its_package(program: Program) -> None:
     assert f"ConditionPathExists=/var/lib/farpoint/{program.name}/" in text
 
 
-def test_no_server_has_a_capability_and_the_agent_has_only_those_to_read_and_trace() -> None:
+def test_no_server_has_a_capability_and_the_agent_has_only_those_to_read_trace_and_freeze() -> None:
     for program in SERVICES:
         granted = re.findall(r"^CapabilityBoundingSet=(.*)$", unit_text(program), re.MULTILINE)
         assert granted == ([AGENT_CAPABILITIES] if program.name == "mobility-agent" else [""])

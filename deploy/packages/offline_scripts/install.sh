@@ -92,7 +92,7 @@ install_service() {
   [ -d "/var/lib/farpoint/$1" ] || install -d -m 0700 -o "$owner" -g "$owner" "/var/lib/farpoint/$1"
   mkdir -p /etc/systemd/system
   for each in "systemd/farpoint-$1"*.service; do
-    sed "s|^ExecStart=/usr/bin/|ExecStart=/usr/local/bin/|" "$each" >"/etc/systemd/system/${each#systemd/}"
+    sed "s|^\(Exec[A-Za-z]*\)=/usr/bin/|\1=/usr/local/bin/|" "$each" >"/etc/systemd/system/${each#systemd/}"
     ! command -v systemctl >/dev/null || systemctl --quiet enable "${each#systemd/}"
   done
   if [ -d /run/systemd/system ]; then
