@@ -18,7 +18,7 @@ from protocol.vocabulary import DIGEST_BLOCK_BYTES, FRAME_RAW_BYTES_MAX
 
 WINDOW_BYTES: Final = FRAME_RAW_BYTES_MAX
 BLOCK_BYTES_MIN: Final = 4096
-MAP_BYTES_WANTED: Final = 16 * 2**20
+MAP_BYTES_WANTED: Final = 8 * 2**20
 """A map larger than this gets larger blocks instead, up to a digest block: eight maps a disk stay in memory."""
 
 Bits = numpy.typing.NDArray[numpy.uint8]
