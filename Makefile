@@ -12,7 +12,7 @@ MINUTES ?= 5
 ROUNDS ?= 12
 PRODUCT := protocol storage runtime mobility_agent process_server config_server recovery farpoint deploy
 
-.PHONY: environment demo test lint audit simulate simulate-planted torture fuzz live live-guest bench azurite bpf dist guest lock clean
+.PHONY: environment demo test lint audit simulate simulate-planted torture fuzz live live-guest bench tracking-cost azurite bpf dist guest lock clean
 
 environment: $(STAMP)
 
@@ -69,6 +69,10 @@ live-guest: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.line $(ARGS)
+
+# What following a live disk costs, beside what is asked (root, fio, loop devices, BPF); exit code 1 (make: 2) above it.
+tracking-cost: $(STAMP)
+	@$(BIN)/python -m benchmarks.tracking_cost $(ARGS)
 
 # The Azure Blob emulator for the tests and the demo, into the ignored folder .node/ by its lock file.
 azurite: .node/.installed

@@ -9,22 +9,31 @@ import argparse
 import dataclasses
 import json
 import sys
+from typing import Final
 
 from tests.live.hunt import FAULTS, KINDS, Found, hunt_once, rounds_until_caught
 from tests.live.restarted import resync_after_an_unclean_stop
+from tests.live.whole_hunt import hunt_whole_line_once
+
+WHOLE_LINE: Final = "whole-line"
+"""Through agent, process server and store; the other hunts are on the agent's part alone."""
+TURN: Final = (WHOLE_LINE, *KINDS)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--first-seed", type=int, default=1)
-    parser.add_argument("--kind", choices=KINDS)
+    parser.add_argument("--kind", choices=TURN)
     parser.add_argument("--fault", nargs="*", choices=list(FAULTS), default=list(FAULTS), help="only these")
     arguments = parser.parse_args()
     found = Found()
     for number in range(arguments.rounds):
-        kind = arguments.kind or KINDS[number % len(KINDS)]
-        hunt_once(kind, arguments.first_seed + number, found)
+        kind, seed = arguments.kind or TURN[number % len(TURN)], arguments.first_seed + number
+        if kind == WHOLE_LINE:
+            hunt_whole_line_once(seed // len(TURN) if arguments.kind is None else seed, found)
+        else:
+            hunt_once(kind, seed, found)
         print(f"round {number + 1} {kind}: {dataclasses.asdict(found)}", file=sys.stderr)
     caught = {}
     for name in arguments.fault:
@@ -34,7 +43,7 @@ def main() -> int:
     print(
         json.dumps(dataclasses.asdict(found) | {"faults_caught_in_round": caught, "unclean_stop_bytes": unclean_stop})
     )
-    has_settled_nothing = not found.still and arguments.rounds >= len(KINDS)
+    has_settled_nothing = not found.still and arguments.rounds >= len(TURN)
     return int(bool(found.lost or found.points_damaged or not all(caught.values()) or has_settled_nothing))
 
 

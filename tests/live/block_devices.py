@@ -6,6 +6,7 @@ Pins live in a BPF file system of their own, so that unmounting it ends every pr
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -58,6 +59,24 @@ def loop_device(backing: Path, *, size_bytes: int, partitions: bool = False, is_
             subprocess.run(["partx", "--delete", device], check=False, capture_output=True)
         run("losetup", "--detach", device)
         backing.unlink(missing_ok=True)
+
+
+FIRST_PARTITION_BYTES = 2 * 2**20
+
+
+def make_partitions(device: Path, size_bytes: int) -> Path:
+    """Two of a disk that was opened with partitions: a small one, and what is left, which is returned."""
+    second = 2 * FIRST_PARTITION_BYTES
+    entries = b"".join(
+        struct.pack("<4xB3xII", 0x83, first // 512, length // 512)
+        for first, length in ((FIRST_PARTITION_BYTES, FIRST_PARTITION_BYTES), (second, size_bytes - second))
+    )
+    with open(device, "r+b") as file:
+        file.seek(446)
+        file.write(entries + bytes(32) + b"\x55\xaa")
+        os.fsync(file.fileno())
+    subprocess.run(["partx", "--add", device], check=False, capture_output=True)  # the kernel may know them already
+    return Path(f"{device}p2")
 
 
 @contextmanager

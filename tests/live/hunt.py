@@ -6,6 +6,7 @@ A planted fault takes one safeguard away. A hunt that does not catch it is no hu
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import subprocess
@@ -22,9 +23,17 @@ from mobility_agent.errors import ResyncNeeded
 from mobility_agent.tracking import bitmap, bpf_calls
 from mobility_agent.tracking.change_source import Promise, Round
 from mobility_agent.tracking.followed_disk import FollowedDisk, Marks
-from tests.live.block_devices import bpf_file_system, loop_device, mounted, run, slow_writes, zram_device
+from tests.live.block_devices import (
+    bpf_file_system,
+    loop_device,
+    make_partitions,
+    mounted,
+    run,
+    slow_writes,
+    zram_device,
+)
 from tests.live.tracked import MIB, TrackedDisk
-from tests.live.writers import writing
+from tests.live.writers import fio_writing, writing
 
 SIZE_BYTES: Final = 24 * MIB
 WRITING_SECONDS: Final = 1.5
@@ -41,6 +50,7 @@ class Found:
     """What a hunt saw."""
 
     rounds: int = 0
+    rounds_by_kind: dict[str, int] = field(default_factory=dict)
     drains: int = 0
     lost: int = 0
     still: int = 0
@@ -55,18 +65,19 @@ class Found:
 class Hunted:
     """One device and what happens to it in one round of the hunt."""
 
-    def __init__(self, tracked: TrackedDisk, draw: random.Random, found: Found, kind: str) -> None:
+    def __init__(self, tracked: TrackedDisk, draw: random.Random, found: Found, kind: Kind) -> None:
         self._tracked = tracked
         self._draw = draw
         self._found = found
         self._kind = kind
+        self._is_countable = not kind.file_system and not kind.takes_bios and not kind.is_slow
 
     def drain_for(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self._draw.random() < KILL_CHANCE:
                 self._be_killed()
-            if self._kind == "raw" and self._draw.random() < BLIND_CHANCE:
+            if self._is_countable and self._draw.random() < BLIND_CHANCE:
                 self._go_blind()
             self._drain()
 
@@ -79,7 +90,7 @@ class Hunted:
         self._found.drains += 1
         alarms = self._tracked.source.alarms
         try:
-            told = self._tracked.round()
+            told = asyncio.run(self._tracked.round_ahead())
         except ResyncNeeded:
             self._found.resyncs += 1
             self._tracked.enter_epoch()
@@ -87,7 +98,11 @@ class Hunted:
         self._found.alarms += self._tracked.source.alarms - alarms
         if told.end.promise is Promise.COPY_IN_VALIDATED:
             self._found.still += 1
-            if self._kind == "files" and self._draw.random() < POINT_CHANCE:
+            if (
+                self._kind.file_system == "ext4"
+                and not self._kind.is_partitioned
+                and self._draw.random() < POINT_CHANCE
+            ):
                 self._check_point()
 
     def _be_killed(self) -> None:
@@ -126,55 +141,83 @@ class Hunted:
             self._found.losses.append(checked.stdout[:300])
 
 
-@contextmanager
-def device_of(kind: str, at: Path) -> Iterator[Path]:
-    if kind == "slow":
-        (at / "disk.img").write_bytes(os.urandom(SIZE_BYTES))  # why: so that no write has to allocate first
-    with (
-        zram_device(size_bytes=SIZE_BYTES)
-        if kind == "bios"
-        else loop_device(at / "disk.img", size_bytes=SIZE_BYTES, is_direct=kind == "slow") as device
-    ):
-        if kind == "files":
-            run("mkfs.ext4", "-q", "-F", device)
-        yield device
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What is hunted on."""
+
+    size_bytes: int = SIZE_BYTES
+    file_system: str = ""
+    mount_options: tuple[str, ...] = ()
+    is_partitioned: bool = False
+    """It is the second partition that is written to, or holds the file system."""
+    is_slow: bool = False
+    takes_bios: bool = False
 
 
-KINDS: Final = ("raw", "files", "slow", "bios")
-"""A raw loop device, one with ext4, one whose writes take long, and one whose driver takes bios."""
+KINDS: Final = {
+    "raw": Kind(),
+    "ext4": Kind(file_system="ext4", mount_options=("-o", "discard")),
+    "xfs": Kind(file_system="xfs", mount_options=("-o", "discard"), size_bytes=320 * MIB),
+    "btrfs": Kind(file_system="btrfs", mount_options=("-o", "discard=async"), size_bytes=128 * MIB),
+    "raw-partition": Kind(is_partitioned=True),
+    "ext4-partition": Kind(file_system="ext4", is_partitioned=True, size_bytes=32 * MIB),
+    "slow": Kind(is_slow=True),
+    "bios": Kind(takes_bios=True),
+}
 SLOW_WRITES_PER_SECOND: Final = 40
 
 
-def hunt_once(kind: str, seed: int, found: Found, plant: Callable[[TrackedDisk], None] = lambda tracked: None) -> None:
-    draw = random.Random(seed)
+@contextmanager
+def device_of(kind: Kind, at: Path) -> Iterator[tuple[Path, Path]]:
+    """(the disk, what of it is written to)."""
+    image = at / "disk.img"
+    if kind.is_slow:
+        image.write_bytes(os.urandom(kind.size_bytes))  # why: so that no write has to allocate first
+    with (
+        zram_device(size_bytes=kind.size_bytes)
+        if kind.takes_bios
+        else loop_device(image, size_bytes=kind.size_bytes, is_direct=kind.is_slow, partitions=kind.is_partitioned)
+    ) as device:
+        used = make_partitions(device, kind.size_bytes) if kind.is_partitioned else device
+        if kind.file_system:
+            run(f"mkfs.{kind.file_system}", "-q", used)
+        yield device, used
+
+
+def hunt_once(name: str, seed: int, found: Found, plant: Callable[[TrackedDisk], None] = lambda tracked: None) -> None:
+    draw, kind = random.Random(seed), KINDS[name]
     with ExitStack() as stack:
         at = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="farpoint-live-")))
         pins = stack.enter_context(bpf_file_system(at / "bpf"))
-        device = stack.enter_context(device_of(kind, at))
+        device, used = stack.enter_context(device_of(kind, at))
         tracked = TrackedDisk(device, at / "state", pins)
         stack.callback(tracked.close)
         plant(tracked)
         hunted = Hunted(tracked, draw, found, kind)
         tracked.round_or_resync()
         with ExitStack() as busy:
-            place = busy.enter_context(mounted(device, at / "mnt", "-o", "discard")) if kind == "files" else device
+            place = busy.enter_context(mounted(used, at / "mnt", *kind.mount_options)) if kind.file_system else used
             group = None
-            if kind == "slow":
+            if kind.is_slow:
                 slow = slow_writes(at / "disk.img", at.name, writes_per_second=SLOW_WRITES_PER_SECOND)
                 group = busy.enter_context(slow)
-            writers = "raw" if kind == "bios" else kind
+            else:
+                busy.enter_context(fio_writing(place, seed, at=at))
+            acts = "files" if kind.file_system else "slow" if kind.is_slow else "raw"
             for number in range(WRITERS):
-                busy.enter_context(writing(writers, place, seed * WRITERS + number, group=group))
+                busy.enter_context(writing(acts, place, seed * WRITERS + number, group=group))
             hunted.drain_for(WRITING_SECONDS)
         # why: the first one may tell of what a write past the page cache did to pages that were dirty in it.
-        subprocess.run(["sync", str(device)], capture_output=True, check=False)
-        run("sync", device)
+        for path in {used, device}:
+            subprocess.run(["sync", str(path)], capture_output=True, check=False)
+            run("sync", path)
         hunted.settle()
         found.rounds += 1
+        found.rounds_by_kind[name] = found.rounds_by_kind.get(name, 0) + 1
         wrong = tracked.differing_blocks()
         if wrong:
             found.lost += 1
-            found.losses.append(f"{kind} seed {seed}: {len(wrong)} blocks, first at {wrong[0]}")
+            found.losses.append(f"{name} seed {seed}: {len(wrong)} blocks, first at {wrong[0]}")
 
 
 # planted faults
@@ -242,7 +285,7 @@ FAULTS: Final[dict[str, tuple[str, Callable[[TrackedDisk], None]]]] = {
     "submission-only": ("slow", mark_at_submission_only),
     "clear-in-place": ("raw", clear_words_in_place),
     "no-audit": ("raw", do_not_audit),
-    "buffered-reads": ("files", read_through_the_page_cache),
+    "buffered-reads": ("ext4", read_through_the_page_cache),
     "retired-cleared-early": ("raw", forget_the_retired_map_early),
 }
 _patched: list[tuple[Any, str, Any]] = []

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from mobility_agent.disk_reader import LocalDisk
 from mobility_agent.errors import ResyncNeeded
+from mobility_agent.frame_buffers import FrameBuffers
+from mobility_agent.pipeline import ReadAhead
 from mobility_agent.tracking.bitmap import BitmapSource
 from mobility_agent.tracking.change_source import Round, RoundEnd, SourceFrame
 from mobility_agent.tracking.followed_disk import FollowedDisk
@@ -42,6 +46,7 @@ class TrackedDisk:
         self._pins = pins
         self._window = memoryview(mmap.mmap(-1, FRAME_RAW_BYTES_MAX))
         self._packing = memoryview(mmap.mmap(-1, FRAME_RAW_BYTES_MAX))
+        self._buffers = FrameBuffers(buffers=4)
         self.open()
 
     def open(self) -> None:
@@ -77,6 +82,12 @@ class TrackedDisk:
         """Raises ResyncNeeded."""
         return self.finish(self.source.begin_round(first_bytes=0))
 
+    async def round_ahead(self) -> Told:
+        """Raises ResyncNeeded."""
+        current = self.source.begin_round(first_bytes=0)
+        sent_bytes = await self.read_ahead(current)
+        return Told(end=current.end(), read_bytes=current.read_bytes, sent_bytes=sent_bytes)
+
     def finish(self, current: Round) -> Told:
         """The rest of a round."""
         sent_bytes = self.read_all(current)
@@ -86,14 +97,31 @@ class TrackedDisk:
         """The rest of a round but for its end; the bytes that were sent."""
         sent_bytes = 0
         while not current.is_exhausted:
-            frames = current.read(self._window, self._packing)
-            for frame in frames:
-                self._apply(frame)
-                sent_bytes += frame.packed.raw_bytes
-            if frames:
-                self.sequence += 1
-                self.source.sent(self.sequence, [frame.receipt for frame in frames])
+            sent_bytes += self._take(current.read(self._window, self._packing))
         return sent_bytes
+
+    async def read_ahead(self, current: Round) -> int:
+        """The same as the agent does it: while one step is taken in, the next is read in another thread."""
+        sent_bytes = 0
+        with ThreadPoolExecutor(1) as reading:
+            ahead = ReadAhead(current, self._buffers, reading, compress=False)
+            try:
+                while (step := await ahead.next()) is not None:
+                    sent_bytes += self._take([frame.source for frame in step.frames])
+                    for frame in step.frames:
+                        frame.release()
+            finally:
+                await ahead.close()
+        return sent_bytes
+
+    def _take(self, frames: Sequence[SourceFrame]) -> int:
+        """Applies them as one change set; the bytes that were sent."""
+        for frame in frames:
+            self._apply(frame)
+        if frames:
+            self.sequence += 1
+            self.source.sent(self.sequence, [frame.receipt for frame in frames])
+        return sum(frame.packed.raw_bytes for frame in frames)
 
     def round_or_resync(self) -> Told:
         """A round; in a new epoch, over everything, if track was lost."""

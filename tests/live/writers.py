@@ -11,6 +11,7 @@ import mmap
 import os
 import random
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -22,6 +23,7 @@ BLOCK = 4096
 BLKDISCARD = 0x1277
 BLKZEROOUT = 0x127F
 BLKGETSIZE64 = 0x80081272
+FITRIM = 0xC0185879
 
 
 @contextmanager
@@ -43,6 +45,38 @@ def writing(kind: str, path: Path, seed: int, *, group: Path | None = None) -> I
             writer.kill()
             raise
     assert code == 0
+
+
+FIO_ENGINES = ("libaio", "io_uring", "mmap", "psync")
+FIO_SECONDS_MAX = 300
+FIO_FILE_BYTES = 4 * 2**20
+
+
+@contextmanager
+def fio_writing(place: Path, seed: int, *, at: Path) -> Iterator[None]:
+    """fio writes randomly for the length of the block: in a directory to a file, else to the device; with an engine
+    that goes by the seed. at: a directory for its own files."""
+    engine = FIO_ENGINES[seed % len(FIO_ENGINES)]
+    target = place / f"fio-{seed}" if place.is_dir() else place
+    size = [f"--size={FIO_FILE_BYTES}"] if place.is_dir() else []
+    command = [
+        *("fio", "--name=hunt", f"--filename={target}", "--rw=randwrite", "--bsrange=4k-64k", f"--ioengine={engine}"),
+        *(f"--direct={int(engine != 'mmap')}", "--iodepth=16", f"--randseed={seed}", "--norandommap", "--fsync=50"),
+        # why: a write past the page cache to pages that are dirty in it leaves an EIO to whoever flushes.
+        *("--continue_on_error=all", "--time_based", f"--runtime={FIO_SECONDS_MAX}", "--eta=never", *size),
+    ]
+    with open(at / f"fio-{seed}.out", "w+", encoding="utf-8") as told:
+        writer = subprocess.Popen(command, stdout=told, stderr=subprocess.STDOUT, cwd=at)
+        try:
+            yield
+            assert writer.poll() is None, f"fio has ended: {Path(told.name).read_text()}"
+        finally:
+            writer.send_signal(signal.SIGINT)
+            try:
+                writer.wait(60)
+            except subprocess.TimeoutExpired:
+                writer.kill()
+                raise
 
 
 def write_raw(path: Path, draw: random.Random) -> None:
@@ -85,11 +119,16 @@ def _write_direct(path: Path, offset: int, data: bytes) -> None:
 
 
 def work_on_files(place: Path, draw: random.Random) -> None:
-    """One act in a file system: make, rename, cut, remove, map, synchronize."""
+    """One act in a file system: make, rename, cut, remove, map, synchronize, write past the page cache, give back."""
     names = [place / f"file-{number}" for number in range(40)]
     path = draw.choice(names)
-    act = draw.choice(["make", "make", "rename", "cut", "remove", "map", "synchronize"])
-    if act == "make":
+    act = draw.choice(["make", "make", "rename", "cut", "remove", "map", "synchronize", "direct", "trim"])
+    if act == "trim":
+        trim(place)
+    elif act == "direct":
+        path.write_bytes(bytes(BLOCK))
+        _write_direct(path, draw.randrange(20) * BLOCK, draw.randbytes(draw.choice([1, 3]) * BLOCK))
+    elif act == "make":
         path.write_bytes(draw.randbytes(draw.choice([100, 5_000, 60_000, 300_000])))
     elif act == "synchronize":
         descriptor = os.open(place, os.O_RDONLY)
@@ -108,6 +147,15 @@ def work_on_files(place: Path, draw: random.Random) -> None:
                 at = draw.randrange(len(view))
                 view[at : at + 50] = bytes(len(view[at : at + 50]))
                 os.fsync(file.fileno())
+
+
+def trim(place: Path) -> None:
+    """Gives back to the device what the file system does not use."""
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.ioctl(descriptor, FITRIM, struct.pack("<QQQ", 0, 2**64 - 1, 0))
+    finally:
+        os.close(descriptor)
 
 
 def write_few_blocks(path: Path, draw: random.Random) -> None:
