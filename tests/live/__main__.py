@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 from typing import Final
 
@@ -15,6 +16,7 @@ from tests.live.hunt import FAULTS, KINDS, Found, hunt_once, rounds_until_caught
 from tests.live.restarted import resync_after_an_unclean_stop
 from tests.live.whole_hunt import hunt_whole_line_once
 
+TOOLS: Final = ("fio", "mkfs.btrfs", "mkfs.ext4", "mkfs.xfs", "partx")
 WHOLE_LINE: Final = "whole-line"
 """Through agent, process server and store; the other hunts are on the agent's part alone."""
 TURN: Final = (WHOLE_LINE, *KINDS)
@@ -27,6 +29,10 @@ def main() -> int:
     parser.add_argument("--kind", choices=TURN)
     parser.add_argument("--fault", nargs="*", choices=list(FAULTS), default=list(FAULTS), help="only these")
     arguments = parser.parse_args()
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if missing:
+        print(f"make live needs {', '.join(missing)}", file=sys.stderr)
+        return 2
     found = Found()
     for number in range(arguments.rounds):
         kind, seed = arguments.kind or TURN[number % len(TURN)], arguments.first_seed + number

@@ -16,7 +16,7 @@ import pytest
 from mobility_agent.errors import DiskResized, ResyncNeeded
 from mobility_agent.tracking import bitmap, bpf_calls
 from mobility_agent.tracking.change_source import Promise
-from mobility_agent.tracking.followed_disk import possible_processors
+from mobility_agent.tracking.followed_disk import Marks, possible_processors
 from mobility_agent.tracking.kernel_tracker import remove_pins
 from protocol.vocabulary import ChangeKind, DiskId
 from tests.live.block_devices import loop_device, mounted, run
@@ -360,6 +360,26 @@ def test_completions_that_nobody_saw_are_noticed_and_read_again(tracked: Tracked
     told = tracked.round()
     assert told.end.promise is Promise.COPY_IN_FUZZY
     assert tracked.source.alarms == 1
+    assert tracked.differing_blocks() == []
+
+
+@pytest.mark.parametrize("missing", [(), ("mark_request",), ("mark_request_again",)], ids=["none", "first", "second"])
+def test_either_completion_program_marks_what_completes_and_both_count_it_once(
+    tracked: TrackedDisk, missing: tuple[str, ...]
+) -> None:
+    detach(tracked, *missing)
+    maps = tracked.source._tracked
+    before = maps.read_audit()
+    places = [number * 7 * BLOCK for number in range(200)]
+    for place in places:
+        write(tracked.device, place, os.urandom(BLOCK))
+    after = maps.read_audit()
+    assert after.completed_sectors - before.completed_sectors == 200 * BLOCK // 512
+    assert after.kernel_sectors - before.kernel_sectors == 200 * BLOCK // 512
+    assert maps.changes_in_flight() == frozenset()
+    marked = maps.in_use(Marks.COMPLETION)
+    assert all(marked[place // BLOCK // 8] >> place // BLOCK % 8 & 1 for place in places)
+    assert tracked.round().end.promise is Promise.COPY_IN_VALIDATED
     assert tracked.differing_blocks() == []
 
 
