@@ -39,6 +39,10 @@ class DiskStatus:
     """Why the source is no better; empty for the best."""
     is_settled: bool
     unsettled_reason: str
+    settled_position: tuple[int, int] | None
+    """(epoch, sequence) of the newest settled one since the program began."""
+    is_throttled: bool
+    """Frames wait for credit of the process server."""
     read_bytes: int
     sent_bytes: int
     rounds: int

@@ -26,6 +26,7 @@ _GAUGES: Final[dict[str, tuple[str, str]]] = {
     "durable_sequence": ("farpoint_agent_disk_durable_sequence", "Newest change set that the process server keeps"),
     "committed_sequence": ("farpoint_agent_disk_committed_sequence", "Newest change set readable in cache storage"),
     "is_settled": ("farpoint_agent_disk_is_settled", "1 if the newest round ended settled"),
+    "is_throttled": ("farpoint_agent_disk_is_throttled", "1 while frames wait for credit of the process server"),
 }
 _COUNTERS: Final[dict[str, tuple[str, str]]] = {
     "read_bytes": ("farpoint_agent_disk_read_bytes_total", "Read from the disk since the program began"),

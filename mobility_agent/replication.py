@@ -112,6 +112,7 @@ class DiskReplication:
         self._resyncs: Counter[str] = Counter()
         self._meeting: FreezeMeeting | None = None
         self._newest_consistency: Consistency | None = None
+        self._settled_position: tuple[int, int] | None = None
         self._source_name, self._source_reason = "", ""
 
     # what others tell
@@ -199,6 +200,8 @@ class DiskReplication:
             committed_sequence=self._committed_sequence,
             is_settled=outcome is not None and outcome.is_settled,
             unsettled_reason="" if outcome is None else outcome.reason,
+            settled_position=self._settled_position,
+            is_throttled=self._connection is not None and self._connection.is_out_of_credit,
             read_bytes=self._read_bytes + (0 if current is None else current.read_bytes),
             sent_bytes=self._sent_bytes,
             rounds=self._rounds,
@@ -406,19 +409,24 @@ class DiskReplication:
 
     async def _take_part(self, meeting: FreezeMeeting) -> None:
         """In a freeze of the machine, unless something comes between."""
+        self._happen(Event.FREEZE_BEGAN, generation=self._generation)
         try:
             if not await self._drain():
                 self._leave_meeting("it changes faster than it can be read")
-                return
-            meeting.reach(self.disk, Stage.DRAINED)
-            if not await meeting.passed(self.disk, Gate.DRAIN_AGAIN):
-                return
-            await self._run_round(first_bytes=0, is_copy=False)
-            meeting.reach(self.disk, Stage.READY)
-            if await meeting.passed(self.disk, Gate.FROZEN):
+            elif await self._is_awaited(meeting):
                 await self._run_round(first_bytes=0, is_copy=False, meeting=meeting)
         finally:
             self._leave_meeting("its round failed")
+        self._happen(Event.FREEZE_ENDED, generation=self._generation)
+
+    async def _is_awaited(self, meeting: FreezeMeeting) -> bool:
+        """Waits for the freeze, with the least left to be read; whether it holds."""
+        meeting.reach(self.disk, Stage.DRAINED)
+        if not await meeting.passed(self.disk, Gate.DRAIN_AGAIN):
+            return False
+        await self._run_round(first_bytes=0, is_copy=False)
+        meeting.reach(self.disk, Stage.READY)
+        return await meeting.passed(self.disk, Gate.FROZEN)
 
     async def _drain(self) -> bool:
         """Rounds, until what is left can be read while everything is frozen; whether that was reached."""
@@ -470,6 +478,8 @@ class DiskReplication:
             self._sent_bytes += sender.sent_bytes
         self._rounds += 1
         self._settled_rounds += self._outcome.is_settled
+        if self._outcome.is_settled:
+            self._settled_position = (history.standing.epoch, history.standing.sent_sequence)
         self._cursor_bytes = 0
         self._retry_seconds = RETRY_SECONDS_MIN
         if self._outcome.point is not None:

@@ -29,6 +29,7 @@ _CODE: Final = re.compile(r"[a-z0-9-]{1,64}")
 _STATES: Final = {
     State.INITIAL_REPLICATION: DiskState.INITIAL_REPLICATION,
     State.DELTA_REPLICATION: DiskState.DELTA_REPLICATION,
+    State.FREEZE: DiskState.DELTA_REPLICATION,
     State.RESYNCHRONIZATION: DiskState.RESYNCHRONIZATION,
     State.PAUSED: DiskState.PAUSED,
     State.STOPPED: DiskState.STOPPED,

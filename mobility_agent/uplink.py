@@ -151,6 +151,11 @@ class Connection:
                 self.close_disk(number, code="withdrawn", detail="the agent no longer waits for it")
         return answer
 
+    @property
+    def is_out_of_credit(self) -> bool:
+        """Whether a frame waits for more credit: the process server takes no more just now."""
+        return bool(self._frames) and body_bytes_of(self._frames[0].message) > self._session.credit_bytes_available
+
     async def wait_for_tick(self, seconds_max: float) -> None:
         """Until the server's clock was heard on this connection, or the time is up."""
         try:
@@ -250,7 +255,7 @@ class Connection:
             return self._control.popleft()
         while self._frames and self._frames[0].done.cancelled():
             self._frames.popleft().release()
-        if self._frames and body_bytes_of(self._frames[0].message) <= self._session.credit_bytes_available:
+        if self._frames and not self.is_out_of_credit:
             return self._frames.popleft()
         return None
 

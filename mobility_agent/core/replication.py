@@ -24,6 +24,8 @@ class State(enum.Enum):
     INITIAL_REPLICATION = "initial_replication"
     DELTA_REPLICATION = "delta_replication"
     RESYNCHRONIZATION = "resynchronization"
+    FREEZE = "freeze"
+    """Delta replication that takes part in a freeze of the machine."""
     PAUSED = "paused"
     DISCONNECTED = "disconnected"
     STOPPED = "stopped"
@@ -46,6 +48,8 @@ class Event(enum.Enum):
     """What was being done failed in a way that another attempt may mend."""
     COPY_COMPLETED = "copy_completed"
     RESYNC_NEEDED = "resync_needed"
+    FREEZE_BEGAN = "freeze_began"
+    FREEZE_ENDED = "freeze_ended"
     PAUSE_ORDERED = "pause_ordered"
     RESUME_ORDERED = "resume_ordered"
     DISK_FAILED = "disk_failed"
@@ -80,7 +84,7 @@ def _to(state: State, action: Action) -> Transition:
     return Transition(state=state, action=action)
 
 
-_WORKING: Final = (State.INITIAL_REPLICATION, State.DELTA_REPLICATION, State.RESYNCHRONIZATION)
+_WORKING: Final = (State.INITIAL_REPLICATION, State.DELTA_REPLICATION, State.RESYNCHRONIZATION, State.FREEZE)
 
 TABLE: Final[dict[tuple[State, Event], Transition]] = {
     (State.UNOPENED, Event.CONNECTED): _to(State.OPENING, Action.OPEN),
@@ -129,6 +133,8 @@ for _state in _WORKING:
     TABLE[_state, Event.RESYNC_NEEDED] = _to(State.OPENING, Action.OPEN_NEW_EPOCH)
 TABLE[State.INITIAL_REPLICATION, Event.COPY_COMPLETED] = _to(State.DELTA_REPLICATION, Action.DELTA)
 TABLE[State.RESYNCHRONIZATION, Event.COPY_COMPLETED] = _to(State.DELTA_REPLICATION, Action.DELTA)
+TABLE[State.DELTA_REPLICATION, Event.FREEZE_BEGAN] = _to(State.FREEZE, Action.NONE)
+TABLE[State.FREEZE, Event.FREEZE_ENDED] = _to(State.DELTA_REPLICATION, Action.NONE)
 
 
 def decide(state: State, event: Event) -> Transition:
