@@ -27,7 +27,7 @@ from protocol.vocabulary import DiskId
 
 DISK = DiskId("d" * 32)
 SIZE = 2**30
-WORKING = (State.INITIAL_REPLICATION, State.DELTA_REPLICATION, State.RESYNCHRONIZATION)
+WORKING = (State.INITIAL_REPLICATION, State.DELTA_REPLICATION, State.RESYNCHRONIZATION, State.FREEZE)
 PRODUCT = list(itertools.product(State, Event))
 
 
