@@ -174,6 +174,8 @@ class DiskHistory:
             acknowledged_sequence=standing.acknowledged_sequence,
         )
         self._acknowledged_on_disk = standing.acknowledged_sequence
+        if standing.acknowledged_sequence == standing.sent_sequence:
+            self.changes.acknowledged(standing.acknowledged_sequence)
 
     def close(self) -> None:
         """Blocks. Everything is durable already; the next agent load()s it."""

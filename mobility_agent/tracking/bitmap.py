@@ -24,6 +24,7 @@ from mobility_agent.errors import ResyncNeeded
 from mobility_agent.ports import DrawRandom
 from mobility_agent.tracking.bitmap_round import BitmapRound, Receipt, RoundBegin
 from mobility_agent.tracking.change_source import ReadTick, no_tick
+from mobility_agent.tracking.digest_renewal import DigestRenewal
 from mobility_agent.tracking.followed_disk import ChangeInFlight, Counters, FollowedDisk
 from mobility_agent.tracking.scan import ScanSource
 from protocol.vocabulary import SEQUENCE_MAX, DiskId
@@ -61,6 +62,9 @@ class BitmapSource:
         self._source = source
         self._known = ScanSource(disk=disk, source=source, directory=directory, draw_random=draw_random)
         self._tracked = follow()
+        self._renewal = DigestRenewal(source, self._tracked)
+        self._sent_sequence: int | None = None
+        self._acknowledged_sequence: int | None = None
         self._suspects: dict[ChangeInFlight, float] = {}
         self._pending_lock = threading.Lock()
         """What was sent leaves what is pending in one thread while another may be marking."""
@@ -80,6 +84,7 @@ class BitmapSource:
         if parent_sequence is None:
             self._tracked.layout.mark_all(self._tracked.pending)
         self._known.enter_epoch(epoch, parent_sequence=parent_sequence, is_base_empty=is_base_empty)
+        self._sent_sequence = None
         self._tracked.facts.resync_cause = ""
         self._tracked.write_facts()
 
@@ -87,6 +92,7 @@ class BitmapSource:
         self._source.check()
         if self._tracked.facts.resync_cause:
             raise ResyncNeeded(cause=self._tracked.facts.resync_cause)
+        self._renew_digests()
         before = self._tracked.counters()
         misses_before = self._tracked.read_audit().missed_submissions
         # why: a read past the page cache writes back what is dirty there; before the swap that disturbs no round. Where
@@ -121,14 +127,21 @@ class BitmapSource:
         digests = self._known.digests
         for receipt in receipts:
             digests.forget_blocks(receipt.unknown)
+            if receipt.unknown:
+                self._renewal.expect()
             digests.write(sequence, receipt.digests)
             with self._pending_lock:
                 # why: when track is lost everything is pending, also what frames that are still on their way carry
                 if not self._tracked.facts.resync_cause:
                     for window, mask in receipt.sent:
                         self._tracked.layout.clear(self._tracked.pending, window, mask)
+        self._sent_sequence = sequence
+
+    def acknowledged(self, sequence: int) -> None:
+        self._acknowledged_sequence = sequence
 
     def forget(self, extents: ExtentSet) -> None:
+        self._sent_sequence = None
         self._tracked.layout.mark(self._tracked.pending, extents)
         self._known.forget(extents)
 
@@ -153,6 +166,13 @@ class BitmapSource:
         self._tracked.facts.is_unsettled = 0
         self._rebase()
         self._tracked.write_facts()
+
+    def _renew_digests(self) -> None:
+        """Only after a round that settled, and whose change sets were acknowledged: what was marked until then was read
+        after it had completed, and the history has it."""
+        sequence = self._sent_sequence
+        if sequence is not None and sequence == self._acknowledged_sequence and not self._tracked.facts.is_unsettled:
+            self._renewal.renew(self._known.digests, sequence=sequence)
 
     def _rebase(self) -> None:
         """Where the kernel does not count all that the programs see (zram: discards), its lead falls; a miss would hide

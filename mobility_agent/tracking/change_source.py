@@ -148,6 +148,11 @@ class ChangeSource(Protocol):
         left."""
         ...
 
+    def acknowledged(self, sequence: int) -> None:
+        """All that was sent up to this change set, the newest, is durable at the process server, and the ledger says
+        so."""
+        ...
+
     def forget(self, extents: ExtentSet) -> None:
         """The history may not hold these as last read: they are sent again. Durable on return."""
         ...

@@ -37,6 +37,7 @@ _FLAG_BASE_IS_EMPTY: Final = 1
 
 _NEVER_SENT: Final = bytes(ENTRY_BYTES)
 _UNKNOWN: Final = b"\xff" * ENTRY_BYTES
+_ALL_ONES: Final = numpy.uint64(2**64 - 1)
 _NOTHING_SENT: Final = bytearray(PAGE_ENTRIES * ENTRY_BYTES)
 
 
@@ -146,6 +147,13 @@ class DigestFile:
                 self._load(page)
                 found += [self._digest_in_page(page, index) for index in range(first, end)]
             return found
+
+    def unknown_blocks(self, page: int) -> list[int]:
+        """Of the blocks page * PAGE_ENTRIES and following, those that were forgotten."""
+        with self._lock:
+            self._load(page)
+            words = numpy.frombuffer(self._page, dtype="<u8").reshape(PAGE_ENTRIES, 4)
+            return (numpy.flatnonzero((words == _ALL_ONES).all(axis=1)) + page * PAGE_ENTRIES).tolist()
 
     def not_known_zero(self, first_block: int, end_block: int) -> Iterator[int]:
         """The blocks that the history does not certainly hold as zeroes, ascending. Quick where nothing was ever

@@ -202,12 +202,16 @@ class FollowedDisk:
         self.write_facts()
         self.pending[:] = numpy.frombuffer(marks, numpy.uint8)
 
+    def all_maps(self) -> list[Bits]:
+        """What is marked in none of them is in the ledger, and was not read too early."""
+        in_use_or_retired = (self._maps[_name(kind, parity)].bits for kind in Marks for parity in (0, 1))
+        return [self.pending, self.unaudited, *in_use_or_retired]
+
     def all_marks(self) -> bytes:
         """All that was marked and is not in the ledger yet, or may have been read too early."""
-        found = self.pending | self.unaudited
-        for kind in Marks:
-            for parity in (0, 1):
-                found |= self._maps[_name(kind, parity)].bits
+        found = bits_like(self.pending)
+        for bits in self.all_maps():
+            join_bits(found, bits)
         return found.tobytes()
 
     def unplaced_changes(self, now: Counters) -> ResyncCause | None:

@@ -129,6 +129,9 @@ class ScanSource:
     def sent(self, sequence: int, receipts: Sequence[Receipt]) -> None:
         self.digests.write(sequence, (entry for receipt in receipts for entry in receipt))
 
+    def acknowledged(self, sequence: int) -> None:
+        """It makes no difference here."""
+
     def forget(self, extents: ExtentSet) -> None:
         if extents and self._digests is not None:
             self._digests.forget(extents)

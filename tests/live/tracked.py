@@ -121,6 +121,7 @@ class TrackedDisk:
         if frames:
             self.sequence += 1
             self.source.sent(self.sequence, [frame.receipt for frame in frames])
+            self.source.acknowledged(self.sequence)
         return sum(frame.packed.raw_bytes for frame in frames)
 
     def round_or_resync(self) -> Told:
