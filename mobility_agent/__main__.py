@@ -1,8 +1,9 @@
-"""`mobility-agent`: enroll, protect, unprotect, run, status, scan-now, freeze-now, thaw, config show|check."""
+"""`mobility-agent`: enroll, protect, unprotect, run, status, doctor, scan-now, freeze-now, thaw, config show|check."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -11,9 +12,11 @@ import click
 
 from mobility_agent.consistency.freezer import thaw_what_was_left
 from mobility_agent.control_socket import Request, ask
+from mobility_agent.core.checkup import Weight
 from mobility_agent.core.freeze_point import FreezeKind
 from mobility_agent.disk_identity import whole_disks
 from mobility_agent.disk_reader import identify
+from mobility_agent.doctor import check_up
 from mobility_agent.errors import AgentNotRunning
 from mobility_agent.machine_facts import this_machine
 from mobility_agent.program import LOCK_FILE, PROGRAM, AgentProgram
@@ -152,6 +155,18 @@ def freeze_now(loaded: Loaded[AgentSettings], output: Output, application: bool)
     if record["result"] == kind.value:
         return ExitCode.OK
     return ExitCode.FAILURE if record["result"] in ("failed", "unsettled") else ExitCode.PARTIAL
+
+
+@main.command("doctor")
+@click.argument("paths", nargs=-1, metavar="PATH…")
+@_directory_option
+@output_option
+@with_settings(AgentSettings, PROGRAM, flags=_FLAGS)
+def doctor(loaded: Loaded[AgentSettings], output: Output, paths: tuple[str, ...]) -> ExitCode:
+    """Say what stands in the way of better protection, and what to do about it; exit code 3 if something must be."""
+    findings = check_up(loaded.settings, [os.path.abspath(path) for path in paths])
+    output.rows([dataclasses.asdict(finding) for finding in findings])
+    return ExitCode.PARTIAL if any(finding.weight is Weight.PROBLEM for finding in findings) else ExitCode.OK
 
 
 @main.command("thaw")

@@ -11,6 +11,7 @@ from mobility_agent.core.tracking_choice import DiskAbilities, MachineAbilities
 from mobility_agent.tracking.bpf_calls import is_architecture_known
 
 KERNEL_TYPES: Final = Path("/sys/kernel/btf/vmlinux")
+_CAP_IPC_LOCK: Final = 14
 _CAP_SYS_ADMIN: Final = 21
 _CAP_PERFMON: Final = 38
 _CAP_BPF: Final = 39
@@ -26,6 +27,16 @@ def machine_abilities(pin_directory: Path) -> MachineAbilities:
         pin_directory=str(pin_directory),
         can_pin=_can_pin(pin_directory),
     )
+
+
+def may_freeze() -> bool:
+    """Whether this process may freeze file systems."""
+    return bool(_effective_capabilities() >> _CAP_SYS_ADMIN & 1)
+
+
+def may_lock_memory() -> bool:
+    """Whether this process may lock memory beyond its limit."""
+    return bool(_effective_capabilities() >> _CAP_IPC_LOCK & 1)
 
 
 def disk_abilities(device: int | None) -> DiskAbilities:
