@@ -69,6 +69,8 @@ SECOND_FILES: Final = (
     f"rm -r /mnt/first/[a-e]*; cp -r {DATA_FILES}/[f-m]* /mnt/; head -c 3000000 /dev/urandom >/mnt/random"
 )
 THIRD_FILES: Final = "cp -r /usr/share/doc /mnt/after; rm /mnt/random"
+MOUNT_AT_BOOT: Final = f"echo '{DATA_DISK} /mnt ext4 defaults,nofail 0 2' >>/etc/fstab"
+MOUNTED_AT_BOOT: Final = "findmnt /mnt; umount /mnt; sed -i '/farpoint-data/d' /etc/fstab; systemctl daemon-reload"
 
 ASK_SERVICE: Final = f"systemctl show {UNIT}"
 FREEZE: Final = f"""
@@ -154,7 +156,9 @@ class Story:
             await self._write(SECOND_FILES, "change")
             await self._keep_point(site, "change")
         async with self._step("reboot"):
+            await self._in_guest(MOUNT_AT_BOOT, "reboot")
             await self.guest.restart()
+            await self._in_guest(MOUNTED_AT_BOOT, "reboot")
         async with self._step("point after reboot"):
             await self._write(THIRD_FILES, "point after reboot")
             await self._keep_point(site, "point after reboot")
@@ -219,6 +223,8 @@ class Story:
         (status,) = json.loads(await self._in_guest("mobility-agent status -o json", name))
         if status["source"] != "bitmap":
             raise GuestFailed(f"the disk's writes are not tracked, but {status['source']}: {status}")
+        if status["resyncs"]:
+            raise GuestFailed(f"everything was compared, although the guest was restarted cleanly: {status['resyncs']}")
         self.figures["source"] = status["source"]
         self._points.append((name, point.point, copy))
         self.figures["disk"] = point.disk
