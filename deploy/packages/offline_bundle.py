@@ -46,10 +46,10 @@ def build_bundle(
         lines = [wheel.requirement for wheel in wheels[program.name]]
         (root / "requirements" / f"{program.name}.txt").write_text("".join(lines))
         shutil.copy(tree / "deploy/settings" / f"{program.command}.toml", root / "settings")
-        for name in program.examples:
-            shutil.copytree(tree / "deploy" / name, root / "examples" / name)
-        for name in program.documents:
-            shutil.copy(tree / "docs" / name, root)
+        for example in program.examples:
+            shutil.copytree(tree / "deploy" / example, root / "examples" / example)
+        for document in program.documents:
+            shutil.copy(tree / "docs" / document, root)
         for unit in program.units:
             shutil.copy(tree / "deploy/systemd" / unit, root / "systemd")
     c_library = max(oldest_c_library(wheel.path.name) for wheel in by_name.values())
