@@ -5,7 +5,9 @@ from __future__ import annotations
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+from mobility_agent.core.read_pace import ReadPace
 from mobility_agent.frame_buffers import FrameBuffers
+from mobility_agent.io_priority import IoPriority
 from mobility_agent.ports import DrawRandom, OpenSource, Tracking
 from protocol.vocabulary import CHANGE_SET_RAW_BYTES_MAX, check_range
 from runtime.clock import Clock
@@ -29,6 +31,9 @@ class DiskPorts:
     buffers: FrameBuffers
     change_set_raw_bytes: int
     compress: bool
+    copy_pace: ReadPace
+    copy_priority: IoPriority
+    """Of the reads of copy-ins."""
 
     def __post_init__(self) -> None:
         check_range(self.change_set_raw_bytes, "change_set_raw_bytes", low=1, high=CHANGE_SET_RAW_BYTES_MAX)

@@ -15,6 +15,7 @@ import zstandard
 from typing_extensions import Buffer
 
 from mobility_agent.frame_buffers import BufferPair, FrameBuffers
+from mobility_agent.io_priority import IoPriority, set_io_priority
 from mobility_agent.tracking.change_source import Round, SourceFrame
 from protocol.vocabulary import Compression
 from runtime.blocking import finished
@@ -58,11 +59,21 @@ class _Found:
 class ReadAhead:
     """The frames of one round, in order. close() it."""
 
-    def __init__(self, changes: Round, buffers: FrameBuffers, executor: Executor, *, compress: bool) -> None:
+    def __init__(
+        self,
+        changes: Round,
+        buffers: FrameBuffers,
+        executor: Executor,
+        *,
+        compress: bool,
+        priority: IoPriority = IoPriority.NORMAL,
+    ) -> None:
+        """priority: of its reads."""
         self._changes = changes
         self._buffers = buffers
         self._executor = executor
         self._compress = compress
+        self._priority = priority
         self._pair: BufferPair | None = None
         self._step: asyncio.Future[_Found] | None = None
 
@@ -101,12 +112,13 @@ class ReadAhead:
     def _begin(self, pair: BufferPair) -> None:
         self._pair = pair
         self._step = asyncio.get_running_loop().run_in_executor(
-            self._executor, _read, self._changes, pair, self._compress
+            self._executor, _read, self._changes, pair, self._compress, self._priority
         )
 
 
-def _read(changes: Round, pair: BufferPair, compress: bool) -> _Found:
+def _read(changes: Round, pair: BufferPair, compress: bool, priority: IoPriority) -> _Found:
     """Runs in the executor."""
+    set_io_priority(priority)
     frames = [(frame, _compressed(frame) if compress else None) for frame in changes.read(pair.window, pair.packing)]
     return _Found(frames=frames, compared_to_bytes=changes.compared_to_bytes)
 

@@ -5,6 +5,7 @@ An unsettled position never gets a bookmark; the instant of a bookmark was recei
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
@@ -18,6 +19,7 @@ from mobility_agent.core.freeze_point import FreezeLabel
 from mobility_agent.core.replication import is_settled
 from mobility_agent.disk_history import DiskHistory
 from mobility_agent.disk_ports import DiskPorts
+from mobility_agent.io_priority import IoPriority
 from mobility_agent.pipeline import ReadAhead, ReadyFrame
 from mobility_agent.tracking.change_source import Round
 from mobility_agent.uplink import Connection
@@ -101,6 +103,7 @@ class RoundSender:
         self._receipts: list[Any] = []
         self._is_changed = False
         self._stated_cursor = 0
+        self._paced_bytes = 0
         self._change_set_began_seconds = 0.0
 
     async def send_round(self, changes: Round, *, first_bytes: int, is_point_due: PointDue) -> RoundOutcome:
@@ -108,16 +111,32 @@ class RoundSender:
         state)."""
         self._history.begin_round(first_bytes=first_bytes)
         self._stated_cursor = first_bytes
-        ahead = ReadAhead(changes, self._ports.buffers, self._reading_executor, compress=self._ports.compress)
+        priority = self._ports.copy_priority if self._is_copy else IoPriority.NORMAL
+        ahead = ReadAhead(
+            changes,
+            self._ports.buffers,
+            self._reading_executor,
+            compress=self._ports.compress,
+            priority=priority,
+        )
         try:
             self._note_read(changes)
             while (step := await ahead.next()) is not None:
                 self._note_read(changes)
                 await self._send_frames(step.frames)
                 await self._end_if_due(step.compared_to_bytes)
+                if self._is_copy:
+                    await self._keep_pace(changes.read_bytes)
         finally:
             await ahead.close()
         return await self._end_round(changes, first_bytes=first_bytes, is_point_due=is_point_due)
+
+    async def _keep_pace(self, read_bytes: int) -> None:
+        """Waits until more of a copy-in may be read."""
+        newly, self._paced_bytes = read_bytes - self._paced_bytes, read_bytes
+        seconds = self._ports.copy_pace.wait_seconds(newly, self._ports.clock.monotonic_seconds())
+        if seconds > 0:
+            await asyncio.sleep(seconds)
 
     def _note_read(self, changes: Round) -> None:
         if self._held is not None and changes.is_exhausted:

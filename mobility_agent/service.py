@@ -16,11 +16,13 @@ import structlog
 
 from mobility_agent.consistency.freeze_points import FreezeOutcome, FreezePoints, FreezePorts, FreezeTotals
 from mobility_agent.core.freeze_point import FreezeFrequency, FreezeKind
+from mobility_agent.core.read_pace import ReadPace
 from mobility_agent.disk_history import forget_disk
 from mobility_agent.disk_ports import DiskPorts
 from mobility_agent.disk_status import DiskPace, DiskStatus
 from mobility_agent.errors import AgentStateDamaged, DiskNotSupported, FreezeFailed
 from mobility_agent.frame_buffers import FrameBuffers
+from mobility_agent.io_priority import IoPriority
 from mobility_agent.ports import Connect, DrawRandom, OpenSource, Tracking
 from mobility_agent.protection import (
     PROTECTION_FILE,
@@ -73,6 +75,9 @@ class AgentLimits:
     heartbeat_seconds: float = 10.0
     """Until the first orders say otherwise."""
     compress_at_agent: bool = False
+    copy_read_bytes_per_second: float = 0.0
+    """Of copy-ins, over all disks; 0: as fast as it goes."""
+    copy_io_priority: IoPriority = IoPriority.LOW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +151,8 @@ class AgentService:
             buffers=FrameBuffers(buffers=self.limits.frame_buffers),
             change_set_raw_bytes=self.limits.change_set_raw_bytes,
             compress=self.limits.compress_at_agent,
+            copy_pace=ReadPace(self.limits.copy_read_bytes_per_second),
+            copy_priority=self.limits.copy_io_priority,
         )
         self._protection: Protection | None = None
         self._intent = asyncio.Lock()

@@ -9,6 +9,7 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field
 
 from mobility_agent.core.tracking_choice import WantedSource
+from mobility_agent.io_priority import IoPriority
 from mobility_agent.service import AgentLimits
 from protocol.vocabulary import CHANGE_SET_RAW_BYTES_MAX, FRAME_RAW_BYTES_MAX
 from runtime.logs import LogSettings
@@ -48,6 +49,10 @@ class AgentSettings(Settings):
     tracking_directory: Path = DEFAULT_TRACKING_DIRECTORY
     """In a BPF file system; each agent has a directory of its own in it."""
     freeze: FreezeSettings = FreezeSettings()
+    copy_read_bytes_per_second: Annotated[Bytes, Field(ge=0)] = 0
+    """Of initial replication and resynchronization, over all disks; 0: as fast as it goes."""
+    copy_io_priority: IoPriority = IoPriority.LOW
+    """Of the same reads, in the kernel's I/O scheduler."""
     compress: bool = False
     """Compress with zstd here rather than at the process server: less network, more CPU on the source."""
     reconnect_seconds_max: Annotated[Seconds, Field(ge=1, le=600)] = 30.0
@@ -69,4 +74,6 @@ class AgentSettings(Settings):
             reconnect_seconds_max=self.reconnect_seconds_max,
             progress_seconds_max=self.progress_seconds_max,
             compress_at_agent=self.compress,
+            copy_read_bytes_per_second=self.copy_read_bytes_per_second,
+            copy_io_priority=self.copy_io_priority,
         )

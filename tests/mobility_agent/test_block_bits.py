@@ -24,7 +24,7 @@ def marked(layout: BlockLayout, bits: numpy.typing.NDArray[numpy.uint8]) -> set[
 
 @pytest.mark.parametrize(
     ("size_bytes", "block_bytes"),
-    [(4096, 4096), (512 * GIB, 4096), (513 * GIB, 8192), (2048 * GIB, 16384), (8192 * GIB, 65536), (2**46, 65536)],
+    [(4096, 4096), (256 * GIB, 4096), (257 * GIB, 8192), (1024 * GIB, 16384), (4096 * GIB, 65536), (2**46, 65536)],
 )
 def test_large_disks_get_large_blocks(size_bytes: int, block_bytes: int) -> None:
     layout = BlockLayout.of(size_bytes)
