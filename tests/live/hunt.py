@@ -38,7 +38,7 @@ from tests.live.writers import fio_writing, writing
 SIZE_BYTES: Final = 24 * MIB
 WRITING_SECONDS: Final = 1.5
 WRITERS: Final = 3
-KILL_CHANCE: Final = 0.08
+KILL_CHANCE: Final = 0.15
 BLIND_CHANCE: Final = 0.1
 POINT_CHANCE: Final = 0.5
 LARGE_COPY_SECONDS: Final = 0.005
