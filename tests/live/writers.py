@@ -50,6 +50,7 @@ def writing(kind: str, path: Path, seed: int, *, group: Path | None = None) -> I
 FIO_ENGINES = ("libaio", "io_uring", "mmap", "psync")
 FIO_SECONDS_MAX = 300
 FIO_FILE_BYTES = 4 * 2**20
+FIO_WRITES_PER_SECOND = 200
 
 
 @contextmanager
@@ -62,6 +63,8 @@ def fio_writing(place: Path, seed: int, *, at: Path) -> Iterator[None]:
     command = [
         *("fio", "--name=hunt", f"--filename={target}", "--rw=randwrite", "--bsrange=4k-64k", f"--ioengine={engine}"),
         *(f"--direct={int(engine != 'mmap')}", "--iodepth=16", f"--randseed={seed}", "--norandommap", "--fsync=50"),
+        # why: a block that is written again soon after it was lost is not lost any more.
+        f"--rate_iops={FIO_WRITES_PER_SECOND}",
         # why: a write past the page cache to pages that are dirty in it leaves an EIO to whoever flushes.
         *("--continue_on_error=all", "--time_based", f"--runtime={FIO_SECONDS_MAX}", "--eta=never", *size),
     ]

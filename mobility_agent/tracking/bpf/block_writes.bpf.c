@@ -88,13 +88,25 @@ struct {
 	MAP_TYPE(value, struct bucket);
 } in_flight SEC(".maps");
 
-/* What the first of two completion programs has just dealt with on this processor, for the second; 0 otherwise. */
+/* Which program it is that is running: none of them is run within itself. */
+#define SUBMISSION 0
+#define SPLIT 1
+#define REQUEST 2 /* and the second one */
+#define BIO 4	  /* and the second one */
+#define PROGRAMS 6
+
+/* Of one processor. */
+struct at_work {
+	u64 dealt_with; /* what the first of two completion programs has just dealt with, for the second; 0 otherwise */
+	u64 addresses[PROGRAMS];
+};
+
 struct {
 	MAP_UINT(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	MAP_UINT(max_entries, 1);
 	MAP_TYPE(key, u32);
-	MAP_TYPE(value, u64);
-} just_completed SEC(".maps");
+	MAP_TYPE(value, struct at_work);
+} at_work_now SEC(".maps");
 
 /* By sizes, not types: kernels up to 6.1 refuse inner maps that differ from this one in their type information, and those
  * that user space makes have none. */
@@ -120,6 +132,20 @@ struct {
 } marks_in_use SEC(".maps");
 
 #define COUNT(counter, amount) __sync_fetch_and_add(&(counter), (amount))
+
+INLINE struct at_work *at_work(void)
+{
+	u32 place = 0;
+
+	return bpf_map_lookup_elem(&at_work_now, &place);
+}
+
+/* An address as a number: the verifier lets nobody calculate with addresses, and takes what comes from a map for none. */
+INLINE u64 number_of(void *address, struct at_work *work, u32 program)
+{
+	*(volatile u64 *)&work->addresses[program] = (u64)address;
+	return *(volatile u64 *)&work->addresses[program];
+}
 
 INLINE int is_change(u32 operation)
 {
@@ -256,6 +282,16 @@ INLINE struct bucket *bucket_of(u64 bio)
 	return bpf_map_lookup_elem(&in_flight, &place);
 }
 
+/* Asks for the line of memory that the change in flight is in, while another is still on its way: what has to be atomic
+ * waits for all lines that were asked for. */
+INLINE void approach(u64 bio)
+{
+	struct bucket *bucket = bucket_of(bio);
+
+	if (bucket)
+		*(volatile u64 *)&bucket->bios[0];
+}
+
 /* A bio that came again ended its flight unseen, perhaps that of another disk. */
 GLOBAL int end_stale_flight(u32 flight)
 {
@@ -345,15 +381,16 @@ SEC("tp_btf/block_bio_queue") int mark_submitted(u64 *context)
 {
 	struct bio *bio = (struct bio *)context[0];
 	u32 operation = bio->bi_opf & 0xff, header = 0, place, slot, bytes;
+	struct at_work *work = at_work();
 	struct counters *counters;
 	struct chunk *chunk;
+	u64 sector, number;
 	void *marks;
-	u64 sector;
 
 	if (!is_change(operation))
 		return 0;
 	place = follow(bio->bi_bdev->bd_disk->part0->bd_dev, &slot, &counters);
-	if (!counters)
+	if (!counters || !work)
 		return 0;
 	sector = bio->bi_iter.bi_sector;
 	bytes = bio->bi_iter.bi_size;
@@ -366,15 +403,17 @@ SEC("tp_btf/block_bio_queue") int mark_submitted(u64 *context)
 	chunk = bpf_map_lookup_elem(marks, &header);
 	if (!chunk)
 		return 0;
-	begin_flight(NUMBER_OF(bio), sector, bytes, 2 * slot + (chunk->words[0] & 1), counters);
+	number = number_of(bio, work, SUBMISSION);
+	approach(number);
 	if (is_discard(operation)) {
 		COUNT(counters->discards, 1);
 		mark_discard(place, AT_SUBMISSION, sector, bytes);
-		return 0;
+	} else {
+		if (operation == OPERATION(REQ_OP_WRITE_ZEROES))
+			COUNT(counters->zeroings, 1);
+		mark(place, AT_SUBMISSION, sector, bytes);
 	}
-	if (operation == OPERATION(REQ_OP_WRITE_ZEROES))
-		COUNT(counters->zeroings, 1);
-	mark(place, AT_SUBMISSION, sector, bytes);
+	begin_flight(number, sector, bytes, 2 * slot + (chunk->words[0] & 1), counters);
 	return 0;
 }
 
@@ -382,7 +421,8 @@ SEC("tp_btf/block_bio_queue") int mark_submitted(u64 *context)
 SEC("tp_btf/block_split") int follow_split(u64 *context)
 {
 	struct bio *part = (struct bio *)context[0];
-	u64 whole = NUMBER_OF(part->bi_private), sector;
+	u64 whole, sector;
+	struct at_work *work = at_work();
 	u32 bytes, flight, index, slot;
 	struct counters *counters;
 	struct bucket *bucket;
@@ -391,8 +431,11 @@ SEC("tp_btf/block_split") int follow_split(u64 *context)
 	if (!is_change(part->bi_opf & 0xff))
 		return 0;
 	follow(part->bi_bdev->bd_disk->part0->bd_dev, &slot, &counters);
+	if (!counters || !work)
+		return 0;
+	whole = number_of(part->bi_private, work, SPLIT);
 	bucket = bucket_of(whole);
-	if (!counters || !bucket)
+	if (!bucket)
 		return 0;
 	index = find(bucket, whole);
 	if (index >= BUCKET_CHANGES)
@@ -405,7 +448,7 @@ SEC("tp_btf/block_split") int follow_split(u64 *context)
 		known->sector = sector + (bytes >> 9);
 		known->bytes -= bytes;
 	}
-	begin_flight(NUMBER_OF(part), sector, bytes, flight, counters);
+	begin_flight(number_of(part, work, SPLIT), sector, bytes, flight, counters);
 	return 0;
 }
 
@@ -455,7 +498,7 @@ static long finish_next_bio(u32 index, struct walk *walk)
 }
 
 /* is_second: the first program was perhaps run for it as well; what that one finished is not counted again. */
-INLINE void request_completed(struct request *request, u32 is_failed, u32 bytes, u32 is_second)
+INLINE void request_completed(struct request *request, u32 is_failed, u32 bytes, struct at_work *work, u32 is_second)
 {
 	u32 operation = request->cmd_flags & 0xff, slot;
 	struct walk walk = {};
@@ -477,12 +520,15 @@ INLINE void request_completed(struct request *request, u32 is_failed, u32 bytes,
 	walk.is_discard = is_discard(operation);
 	walk.is_done = !is_failed;
 	walk.bytes = bytes;
+	bio = request->bio;
+	if (bio) {
+		walk.bio = number_of(bio, work, REQUEST + is_second);
+		approach(walk.bio);
+	}
 	if (!walk.is_discard)
 		mark(walk.place, AT_COMPLETION, request->__sector, bytes);
-	bio = request->bio;
 	if (bio && bytes) {
-		walk.bio = NUMBER_OF(bio);
-		finish_bio(&walk, bio->bi_iter.bi_sector, bio->bi_iter.bi_size, bio->bi_next ? NUMBER_OF(bio->bi_next) : 0);
+		finish_bio(&walk, bio->bi_iter.bi_sector, bio->bi_iter.bi_size, bio->bi_next ? number_of(bio->bi_next, work, REQUEST + is_second) : 0);
 		if (walk.bio && walk.bytes)
 			bpf_loop(BIOS_PER_REQUEST_MAX, finish_next_bio, &walk, 0);
 	}
@@ -492,16 +538,19 @@ INLINE void request_completed(struct request *request, u32 is_failed, u32 bytes,
 }
 
 /* Only drivers that take bios come here, and bios that end before they got into a request. */
-INLINE void bio_completed(struct bio *bio, u32 is_second)
+INLINE void bio_completed(struct bio *bio, struct at_work *work, u32 is_second)
 {
-	u64 key = NUMBER_OF(bio), sector;
+	u64 key, sector;
 	struct counters *counters;
 	struct bucket *bucket;
 	u32 bytes, index, place, slot, operation = bio->bi_opf & 0xff, status = bio->bi_status;
 
 	place = follow(bio->bi_bdev->bd_disk->part0->bd_dev, &slot, &counters);
+	if (!counters)
+		return;
+	key = number_of(bio, work, BIO + is_second);
 	bucket = bucket_of(key);
-	if (!counters || !bucket)
+	if (!bucket)
 		return;
 	sector = bio->bi_iter.bi_sector;
 	bytes = bio->bi_iter.bi_size;
@@ -528,59 +577,52 @@ INLINE void bio_completed(struct bio *bio, u32 is_second)
 /* Each twice: an interrupt that comes while one of them runs is not seen by that one, but by the other. The first says
  * what it has dealt with, and the second does it if that is another. All programs of one event run on one processor,
  * and the second leaves nothing behind: what it finds is of this event, or of none. */
-INLINE u64 *dealt_with(void)
-{
-	u32 place = 0;
-
-	return bpf_map_lookup_elem(&just_completed, &place);
-}
-
 SEC("tp_btf/block_rq_complete") int mark_request(u64 *context)
 {
 	struct request *request = (struct request *)context[0];
-	u64 *dealt = dealt_with();
+	struct at_work *work = at_work();
 
-	if (!dealt || !is_change(request->cmd_flags & 0xff))
+	if (!work || !is_change(request->cmd_flags & 0xff))
 		return 0;
-	request_completed(request, (u8)context[1], context[2], 0);
-	*(volatile u64 *)dealt = (u64)request;
+	request_completed(request, (u8)context[1], context[2], work, 0);
+	*(volatile u64 *)&work->dealt_with = (u64)request;
 	return 0;
 }
 
 SEC("tp_btf/block_rq_complete") int mark_request_again(u64 *context)
 {
 	struct request *request = (struct request *)context[0];
-	u64 *dealt = dealt_with();
+	struct at_work *work = at_work();
 
-	if (!dealt || !is_change(request->cmd_flags & 0xff))
+	if (!work || !is_change(request->cmd_flags & 0xff))
 		return 0;
-	if (*(volatile u64 *)dealt != (u64)request)
-		request_completed(request, (u8)context[1], context[2], 1);
-	*(volatile u64 *)dealt = 0;
+	if (*(volatile u64 *)&work->dealt_with != (u64)request)
+		request_completed(request, (u8)context[1], context[2], work, 1);
+	*(volatile u64 *)&work->dealt_with = 0;
 	return 0;
 }
 
 SEC("tp_btf/block_bio_complete") int mark_bio(u64 *context)
 {
 	struct bio *bio = (struct bio *)context[1];
-	u64 *dealt = dealt_with();
+	struct at_work *work = at_work();
 
-	if (!dealt || !is_change(bio->bi_opf & 0xff))
+	if (!work || !is_change(bio->bi_opf & 0xff))
 		return 0;
-	bio_completed(bio, 0);
-	*(volatile u64 *)dealt = (u64)bio;
+	bio_completed(bio, work, 0);
+	*(volatile u64 *)&work->dealt_with = (u64)bio;
 	return 0;
 }
 
 SEC("tp_btf/block_bio_complete") int mark_bio_again(u64 *context)
 {
 	struct bio *bio = (struct bio *)context[1];
-	u64 *dealt = dealt_with();
+	struct at_work *work = at_work();
 
-	if (!dealt || !is_change(bio->bi_opf & 0xff))
+	if (!work || !is_change(bio->bi_opf & 0xff))
 		return 0;
-	if (*(volatile u64 *)dealt != (u64)bio)
-		bio_completed(bio, 1);
-	*(volatile u64 *)dealt = 0;
+	if (*(volatile u64 *)&work->dealt_with != (u64)bio)
+		bio_completed(bio, work, 1);
+	*(volatile u64 *)&work->dealt_with = 0;
 	return 0;
 }

@@ -62,14 +62,6 @@ enum req_opf { /* before */
 /* Keeps the compiler from making one load of two that the verifier wants apart. */
 #define KEEP(variable) asm volatile("" : "+r"(variable))
 
-/* An address as a number: to the verifier what was on the stack is one once something was added to it. */
-#define NUMBER_OF(address)                                                                                               \
-	({                                                                                                               \
-		volatile u64 number = (u64)(address);                                                                    \
-		__sync_fetch_and_add(&number, 0);                                                                        \
-		number;                                                                                                  \
-	})
-
 #define SEC(name) __attribute__((section(name), used))
 /* Verified by itself, once: what it returns is any number to its callers, and not as many cases as it has exits. */
 #define GLOBAL __attribute__((noinline))
