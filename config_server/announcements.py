@@ -1,6 +1,7 @@
 """Wakes the long polls of those whose orders may have changed; whoever is woken looks for itself.
 
-Nobody misses a change: a waiter subscribes before it looks.
+Nobody misses a change: a waiter subscribes before it looks. A member holds a bounded number of polls, of which the
+newest count: those of a program that was killed are not noticed to be gone until they have waited long enough.
 """
 
 from __future__ import annotations
@@ -10,16 +11,22 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from protocol.control_errors import ServerUnwell
-
 WAITERS_PER_MEMBER_MAX: Final = 4
+
+
+class Waiter:
+    """One long poll: it looks again whenever `changed` was set, and ends once it was displaced by newer ones."""
+
+    def __init__(self) -> None:
+        self.changed = asyncio.Event()
+        self.is_displaced = False
 
 
 class Announcements:
     """By a member's identifier. Used within one event loop."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, set[asyncio.Event]] = {}
+        self._waiting: dict[str, list[Waiter]] = {}
         self._is_closed = False
 
     @property
@@ -29,27 +36,30 @@ class Announcements:
     @property
     def waiting(self) -> int:
         """How many long polls are held."""
-        return sum(len(events) for events in self._waiting.values())
+        return sum(map(len, self._waiting.values()))
 
     @contextmanager
-    def subscribe(self, identifier: str) -> Iterator[asyncio.Event]:
-        """The event is set by each announcement; the waiter clears it before it looks again. Raises ServerUnwell."""
-        events = self._waiting.setdefault(identifier, set())
-        if len(events) >= WAITERS_PER_MEMBER_MAX:
-            raise ServerUnwell(reason=f"this member holds {WAITERS_PER_MEMBER_MAX} long polls already")
-        event = asyncio.Event()
-        events.add(event)
+    def subscribe(self, identifier: str) -> Iterator[Waiter]:
+        """`changed` is set by each announcement; the waiter clears it before it looks again."""
+        waiters = self._waiting.setdefault(identifier, [])
+        while len(waiters) >= WAITERS_PER_MEMBER_MAX:
+            oldest = waiters.pop(0)
+            oldest.is_displaced = True
+            oldest.changed.set()
+        waiter = Waiter()
+        waiters.append(waiter)
         try:
-            yield event
+            yield waiter
         finally:
-            events.discard(event)
-            if not events:
-                self._waiting.pop(identifier, None)
+            if not waiter.is_displaced:
+                waiters.remove(waiter)
+            if not waiters and self._waiting.get(identifier) is waiters:
+                del self._waiting[identifier]
 
     def announce(self, identifiers: Iterable[str]) -> None:
         for identifier in identifiers:
-            for event in self._waiting.get(identifier, ()):
-                event.set()
+            for waiter in self._waiting.get(identifier, ()):
+                waiter.changed.set()
 
     def announce_to_all(self) -> None:
         self.announce(list(self._waiting))

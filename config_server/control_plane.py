@@ -212,15 +212,15 @@ class ControlPlane:
         self, identifier: str, read: Callable[[], Awaitable[_Orders]], *, revision: str, wait_seconds: float
     ) -> _Orders:
         deadline = asyncio.get_running_loop().time() + wait_seconds
-        with self._announcements.subscribe(identifier) as event:
+        with self._announcements.subscribe(identifier) as waiter:
             orders = await read()
-            while orders.revision == revision and not self._announcements.is_closed:
+            while orders.revision == revision and not (self._announcements.is_closed or waiter.is_displaced):
                 try:
                     async with asyncio.timeout_at(deadline):
-                        await event.wait()
+                        await waiter.changed.wait()
                 except TimeoutError:
                     return await read()
-                event.clear()
+                waiter.changed.clear()
                 orders = await read()
         return orders
 
