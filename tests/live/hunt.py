@@ -39,7 +39,7 @@ SIZE_BYTES: Final = 24 * MIB
 WRITING_SECONDS: Final = 1.5
 WRITERS: Final = 3
 KILL_CHANCE: Final = 0.15
-BLIND_CHANCE: Final = 0.1
+BLIND_CHANCE: Final = 0.2
 POINT_CHANCE: Final = 0.5
 LARGE_COPY_SECONDS: Final = 0.005
 FAULT_ROUNDS_MAX: Final = 25
@@ -158,7 +158,7 @@ KINDS: Final = {
     "raw": Kind(),
     "ext4": Kind(file_system="ext4", mount_options=("-o", "discard")),
     "xfs": Kind(file_system="xfs", mount_options=("-o", "discard"), size_bytes=320 * MIB),
-    "btrfs": Kind(file_system="btrfs", mount_options=("-o", "discard=async"), size_bytes=128 * MIB),
+    "btrfs": Kind(file_system="btrfs", mount_options=("-o", "discard=async"), size_bytes=256 * MIB),
     "raw-partition": Kind(is_partitioned=True),
     "ext4-partition": Kind(file_system="ext4", is_partitioned=True, size_bytes=32 * MIB),
     "slow": Kind(is_slow=True),

@@ -175,7 +175,14 @@ def main() -> None:
         path = path / f"writer-{sys.argv[3]}"  # why: one that renames what another removes would stumble
         path.mkdir(exist_ok=True)
     while not select.select([sys.stdin], [], [], 0)[0]:
-        act(path, draw)
+        try:
+            act(path, draw)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            # why: btrfs writes nothing in place, and has no room left when it is full.
+            for file in sorted(path.iterdir())[::2]:
+                file.unlink()
 
 
 if __name__ == "__main__":
