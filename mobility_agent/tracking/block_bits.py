@@ -92,8 +92,8 @@ class BlockLayout:
         view &= ~numpy.packbits(mask, bitorder="little")
 
     def count_common(self, one: Bits, other: Bits) -> int:
-        """Blocks that are marked in both."""
-        marked = numpy.flatnonzero(other)
+        """Blocks that are marked in both. The first may not be marked meanwhile."""
+        marked = numpy.flatnonzero(one)
         return int(numpy.unpackbits(one[marked] & other[marked]).sum())
 
 
@@ -105,9 +105,14 @@ def bits_like(bits: Bits) -> Bits:
 
 def join_bits(bits: Bits, more: Bits) -> None:
     """Marks in `bits` what is marked in `more`. Both are whole words."""
-    words = more.view("<u8")
-    marked = numpy.flatnonzero(words)
-    bits.view("<u8")[marked] |= words[marked]
+    marked = marked_words(more)
+    bits.view("<u8")[marked] |= more.view("<u8")[marked]
+
+
+def marked_words(bits: Bits) -> numpy.typing.NDArray[numpy.int64]:
+    """The numbers of the words of 64 bits with a mark."""
+    # why: numpy counts first and collects then, and raises if the kernel has marked more in between
+    return numpy.flatnonzero(bits.view("<u8") != 0)
 
 
 def _mark_range(bits: Bits, first: int, end: int) -> None:

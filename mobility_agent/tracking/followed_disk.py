@@ -23,7 +23,7 @@ from mobility_agent.core.resync_cause import NAME_BYTES_MAX, ResyncCause
 from mobility_agent.core.write_audit import AuditBase, AuditReading
 from mobility_agent.tracking import bpf_calls
 from mobility_agent.tracking.abilities import block_device_directory
-from mobility_agent.tracking.block_bits import Bits, BlockLayout, bits_like, join_bits
+from mobility_agent.tracking.block_bits import Bits, BlockLayout, bits_like, join_bits, marked_words
 
 CHUNK_BYTES: Final = 4096
 CHUNK_BLOCKS: Final = 8 * CHUNK_BYTES
@@ -342,7 +342,7 @@ class FollowedDisk:
         """
         found = bits_like(discarded)
         if self._written_last is not None:
-            marked = _marked_words(discarded)
+            marked = marked_words(discarded)
             others = self.pending, self.unaudited, self._written_last
             left = discarded.view("<u8")[marked]
             for other in others:
@@ -355,7 +355,7 @@ class FollowedDisk:
         join_bits(self.pending, bits)
         if kind is not Marks.COMPLETION:
             join_bits(self.unaudited, bits)
-        bits.view("<u8")[_marked_words(bits)] = 0
+        bits.view("<u8")[marked_words(bits)] = 0
 
     def _place(self, kind: Marks) -> bytes:
         return struct.pack("<I", len(Marks) * self.facts.slot + kind)
@@ -401,10 +401,6 @@ class _SharedMap:
         # why: the mapping itself goes with the last array that looks into it; a round may still hold one.
         self._bytes = None
         os.close(self.descriptor)
-
-
-def _marked_words(bits: Bits) -> numpy.typing.NDArray[numpy.int64]:
-    return numpy.flatnonzero(bits.view("<u8"))
 
 
 def _name(kind: Marks, parity: int) -> str:

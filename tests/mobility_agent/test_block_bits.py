@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mobility_agent.core.extent_set import ExtentSet
-from mobility_agent.tracking.block_bits import BLOCK_BYTES_MIN, MAP_BYTES_WANTED, WINDOW_BYTES, BlockLayout
+from mobility_agent.tracking.block_bits import (
+    BLOCK_BYTES_MIN,
+    MAP_BYTES_WANTED,
+    WINDOW_BYTES,
+    BlockLayout,
+    bits_like,
+    join_bits,
+)
 from protocol.vocabulary import DIGEST_BLOCK_BYTES
 
 GIB = 2**30
@@ -79,3 +89,26 @@ def test_all_blocks_and_none_behind_them(size_bytes: int) -> None:
     bits = empty(layout)
     layout.mark_all(bits)
     assert marked(layout, bits) == set(range(layout.blocks))
+
+
+def test_marks_that_are_made_meanwhile_disturb_nobody() -> None:
+    """The kernel marks in the very memory that is looked at."""
+    mine, kernels = numpy.zeros(2**16, numpy.uint8), numpy.zeros(2**16, numpy.uint8)
+    mine[::64] = 1
+    layout = BlockLayout(size_bytes=2**31, block_bytes=4096)
+    is_over = threading.Event()
+
+    def mark() -> None:
+        while not is_over.is_set():
+            kernels[:] = 1
+            kernels[:] = 0
+
+    with ThreadPoolExecutor(1) as other:
+        marking = other.submit(mark)
+        try:
+            for _ in range(3000):
+                assert 0 <= layout.count_common(mine, kernels) <= 1024
+                join_bits(bits_like(mine), kernels)
+        finally:
+            is_over.set()
+        marking.result()
