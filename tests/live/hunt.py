@@ -57,6 +57,8 @@ class Found:
     points_checked: int = 0
     points_damaged: int = 0
     restarts: int = 0
+    """Of the agent's part within the hunt's process, in the midst of a round."""
+    agents_killed: int = 0
     alarms: int = 0
     resyncs: int = 0
     losses: list[str] = field(default_factory=list)

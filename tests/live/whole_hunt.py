@@ -49,7 +49,7 @@ def hunt_whole_line_once(seed: int, found: Found) -> None:
                 time.sleep(draw.uniform(0, LIFE_SECONDS_MAX))
                 agent.server.kill()
                 agent.server.start()
-                found.restarts += 1
+                found.agents_killed += 1
         for path in {used, device}:
             subprocess.run(["sync", str(path)], capture_output=True, check=False)
             run("sync", path)
