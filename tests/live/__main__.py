@@ -1,6 +1,7 @@
 """`make live ROUNDS=N`: hunts for lost updates on live disks; the last line of output is one JSON object.
 
-Exit code 1 if anything was lost, a planted fault was not caught, or a whole turn of all kinds settled nothing.
+Exit code 1 if anything was lost, a planted fault was not caught, a whole turn of all kinds settled nothing, or a freeze
+point was not what it said.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 import sys
 from typing import Final
 
+from tests.live.freezes import hunt_points
 from tests.live.hunt import FAULTS, KINDS, Found, hunt_once, rounds_until_caught
 from tests.live.restarted import resync_after_an_unclean_stop
 from tests.live.whole_hunt import hunt_whole_line_once
@@ -45,12 +47,16 @@ def main() -> int:
     for name in arguments.fault:
         caught[name] = rounds_until_caught(name, arguments.first_seed)
         print(f"fault {name}: caught in round {caught[name]}", file=sys.stderr)
+    points, are_points_well = hunt_points(arguments.rounds)
     unclean_stop = resync_after_an_unclean_stop()
     print(
-        json.dumps(dataclasses.asdict(found) | {"faults_caught_in_round": caught, "unclean_stop_bytes": unclean_stop})
+        json.dumps(
+            dataclasses.asdict(found) | {"faults_caught_in_round": caught, "unclean_stop_bytes": unclean_stop} | points
+        )
     )
     has_settled_nothing = not found.still and arguments.rounds >= len(TURN)
-    return int(bool(found.lost or found.points_damaged or not all(caught.values()) or has_settled_nothing))
+    is_lost = found.lost or found.points_damaged or not all(caught.values()) or has_settled_nothing
+    return int(bool(is_lost or not are_points_well))
 
 
 if __name__ == "__main__":

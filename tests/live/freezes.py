@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MethodType
 from typing import Any
 
+from typing_extensions import Buffer
+
+from mobility_agent.disk_reader import LocalDisk
 from mobility_agent.tracking.change_source import Promise
 from tests.live.block_devices import bpf_file_system, loop_device, mounted, run
-from tests.live.canary import busy
+from tests.live.canary import Canary, busy
 from tests.live.frozen_site import SIZE_BYTES, FrozenSite, fault_of_image, frozen_site
 from tests.live.postgresql_server import USER, PostgresqlServer, fault_of_copy, load, need_postgresql
 from tests.live.tracked import TrackedDisk
+from tests.scenarios.processes import wait_until
 
 SCRIPTS = Path(__file__).parents[2] / "deploy" / "scripts.d"
-CONTROL_ROUNDS_MAX = 40
+CONTROL_ROUNDS_MAX = 20
+MORE_COUNTS = 300
+"""So many that a journal of 16 MiB has gone round."""
 TRIES_PER_POINT = 3
 
 
@@ -34,6 +43,16 @@ class FoundPoints:
     faults: list[str] = field(default_factory=list)
     """What was wrong with points."""
 
+    def record(self) -> dict[str, Any]:
+        """For the last line of output; times in seconds."""
+        return {
+            "points": self.points,
+            "frozen_seconds_median": round(statistics.median(self.frozen_seconds or [0.0]), 4),
+            "frozen_seconds_longest": round(max(self.frozen_seconds, default=0.0), 4),
+            "lesser": self.lesser,
+            "faults": self.faults,
+        }
+
     def take(self, record: dict[str, Any], frozen: FrozenSite) -> bool:
         """Whether the freeze gave what was wanted."""
         self.frozen_seconds.append(record["frozen_seconds"])
@@ -42,6 +61,33 @@ class FoundPoints:
             self.lesser.append(f"{frozen.kind}: {record}, error: {row['error']}")
             return False
         return True
+
+
+def hunt_points(rounds: int) -> tuple[dict[str, Any], bool]:
+    """A third as many points of file systems as rounds, a tenth as many of a PostgreSQL, and the control; and whether
+    all is well."""
+    points, postgresql = FoundPoints(), FoundPoints()
+    wanted = {kind: (rounds // 3 + place) // len(SIZE_BYTES) for place, kind in enumerate(reversed(SIZE_BYTES))}
+    controls = {}
+    with TemporaryDirectory(prefix="farpoint-points-") as root:
+        for kind in SIZE_BYTES:
+            for name in (f"{kind}-points", f"{kind}-control"):
+                Path(root, name).mkdir()
+            if wanted[kind]:
+                file_system_points(kind, Path(root, f"{kind}-points"), points, points=wanted[kind])
+                controls[kind] = control(kind, Path(root, f"{kind}-control"))
+    if rounds // 10:
+        postgresql_points(postgresql, points=rounds // 10)
+    is_well = points.points == sum(wanted.values()) and postgresql.points == rounds // 10
+    is_caught = all(
+        each.unsettled_in_round and (kind != "ext4" or each.damaged_in_round) for kind, each in controls.items()
+    )
+    told = {
+        "freeze_points": points.record(),
+        "postgresql_points": postgresql.record(),
+        "unfrozen_control": {kind: dataclasses.asdict(each) for kind, each in controls.items()},
+    }
+    return told, is_well and is_caught and not points.faults and not postgresql.faults
 
 
 def file_system_points(kind: str, root: Path, found: FoundPoints, *, points: int) -> None:
@@ -65,9 +111,32 @@ def file_system_points(kind: str, root: Path, found: FoundPoints, *, points: int
         frozen.site.wait_until("it goes on", lambda: frozen.canary.acknowledged > after)
 
 
-def control_caught_in_round(kind: str, root: Path) -> int:
-    """Copies of a busy file system that nobody freezes: the round in which one was told to be unsettled and was indeed
-    damaged; 0 if none was. Whoever takes such a copy for a point has to be found by the judges of points."""
+def wait_in_the_middle(disk: LocalDisk, canary: Canary) -> None:
+    """The next round reads one half of the disk, and the other only when more has been written."""
+    read_into, half_bytes = LocalDisk.read_into, disk.size_bytes // 2
+    begun = canary.acknowledged
+
+    def read(offset_bytes: int, buffer: Buffer) -> None:
+        if offset_bytes >= half_bytes:
+            disk.read_into = MethodType(read_into, disk)  # type: ignore[method-assign]
+            wait_until("more is written", lambda: canary.acknowledged >= begun + MORE_COUNTS, seconds=60, servers=[])
+        read_into(disk, offset_bytes, buffer)
+
+    disk.read_into = read  # type: ignore[method-assign]
+
+
+@dataclass(slots=True, kw_only=True)
+class Control:
+    """The first rounds in which a copy that nobody froze was told to be unsettled, and was damaged; 0: none was."""
+
+    unsettled_in_round: int = 0
+    damaged_in_round: int = 0
+
+
+def control(kind: str, root: Path) -> Control:
+    """Copies of a busy file system that nobody freezes. Those of ext4 are soon damaged, and the judges of points have
+    to find it; those of file systems that never write in place are often sound by chance."""
+    found = Control()
     with (
         bpf_file_system(root / "bpf") as pins,
         loop_device(root / "disk.img", size_bytes=SIZE_BYTES[kind], is_direct=True) as device,
@@ -78,16 +147,23 @@ def control_caught_in_round(kind: str, root: Path) -> int:
             tracked.round_or_resync()
             with mounted(device, root / "mnt") as place, busy(place, root / "ledger", seed=7) as canary:
                 for number in range(1, CONTROL_ROUNDS_MAX + 1):
+                    followed = tracked.source._tracked
+                    followed.layout.mark_all(followed.pending)
                     before = canary.acknowledged
+                    wait_in_the_middle(tracked.disk, canary)
                     told = tracked.round_or_resync()
                     (root / "point.img").write_bytes(tracked.copy)
                     fault = fault_of_image(root / "point.img", kind, before=before, after=canary.acknowledged)
                     assert not (fault and told.end.promise is Promise.COPY_IN_VALIDATED), fault
+                    if told.end.promise is Promise.COPY_IN_FUZZY:
+                        found.unsettled_in_round = found.unsettled_in_round or number
                     if fault:
-                        return number
+                        found.damaged_in_round = number
+                    if found.unsettled_in_round and (fault or kind != "ext4"):
+                        break
         finally:
             tracked.close()
-    return 0
+    return found
 
 
 def postgresql_points(found: FoundPoints, *, points: int) -> None:

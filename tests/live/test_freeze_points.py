@@ -14,7 +14,7 @@ import pytest
 from protocol.vocabulary import DiskId
 from runtime.exit_codes import ExitCode
 from tests.live.block_devices import bpf_file_system, loop_device, mounted, run
-from tests.live.freezes import FoundPoints, control_caught_in_round, file_system_points, postgresql_points
+from tests.live.freezes import FoundPoints, control, file_system_points, postgresql_points
 from tests.live.frozen_site import OFF, frozen_site
 from tests.live.test_whole_line import protect
 from tests.live.tracked import MIB
@@ -30,7 +30,9 @@ def test_a_busy_file_system_is_recovered_clean_from_freeze_points(tmp_path: Path
 
 
 def test_a_copy_that_nobody_froze_is_told_to_be_unsettled_and_is(tmp_path: Path) -> None:
-    assert control_caught_in_round("ext4", tmp_path)
+    found = control("ext4", tmp_path)
+    assert found.unsettled_in_round
+    assert found.damaged_in_round
 
 
 def test_a_busy_postgresql_is_recovered_from_application_consistent_points() -> None:
