@@ -39,6 +39,7 @@ SECONDS_MAX: Final = {
     "watchdog": 300,
     "first point": 600,
     "change": 300,
+    "freeze point": 600,
     "reboot": 700,
     "point after reboot": 600,
     "refused calls": 120,
@@ -69,6 +70,30 @@ SECOND_FILES: Final = (
     f"rm -r /mnt/first/[a-e]*; cp -r {DATA_FILES}/[f-m]* /mnt/; head -c 3000000 /dev/urandom >/mnt/random"
 )
 THIRD_FILES: Final = "cp -r /usr/share/doc /mnt/after; rm /mnt/random"
+FREEZE_POINT: Final = f"""
+mkdir -p /etc/farpoint/scripts.d
+printf '#!/bin/sh\\necho "$1" >>/run/farpoint/mobility-agent/told\\n' >/etc/farpoint/scripts.d/application
+chmod 0755 /etc/farpoint/scripts.d/application
+cp /etc/farpoint/mobility-agent.toml /run/kept.toml
+printf '\\n[freeze]\\nseconds_max = 20\\n' >>/etc/farpoint/mobility-agent.toml  # an emulated machine is slow
+systemctl restart {UNIT}
+mount {DATA_DISK} /mnt
+(while :; do date >/mnt/busy; sync --file-system /mnt; done) & writer=$!
+for try in $(seq 60); do
+  told=$(mobility-agent freeze-now --application -o json) && break
+  echo "$told" >&2
+  sleep 2
+done
+kill $writer
+wait $writer || true
+cp /run/kept.toml /etc/farpoint/mobility-agent.toml
+rm -r /etc/farpoint/scripts.d /mnt/busy
+umount /mnt
+tr '\\n' ' ' </run/farpoint/mobility-agent/told >&2
+systemctl restart {UNIT}
+echo "$told"
+"""
+"""A point that the unit's own privileges allow, while the file system is written to, with a script around it."""
 MOUNT_AT_BOOT: Final = f"echo '{DATA_DISK} /mnt ext4 defaults,nofail 0 2' >>/etc/fstab"
 MOUNTED_AT_BOOT: Final = "findmnt /mnt; umount /mnt; sed -i '/farpoint-data/d' /etc/fstab; systemctl daemon-reload"
 
@@ -90,7 +115,8 @@ systemctl daemon-reload
 REFUSED_CALLS: Final = """
 journalctl --boot=all --no-pager --output=cat _TRANSPORT=kernel + _TRANSPORT=audit | grep -E 'SECCOMP|type=1326' || true
 """
-AGENT: Final = "mobility-agent"
+AGENT: Final = ("mobility-agent", "python", "python3")
+"""Its own processes, and those that it starts to freeze file systems."""
 HARMLESS_REFUSALS: Final = {
     237: "mbind: numpy's OpenBLAS asks where its memory shall lie, and goes on without an answer",
     435: "clone3: refused as unknown by RestrictNamespaces= itself; the C library takes clone instead",
@@ -155,6 +181,8 @@ class Story:
         async with self._step("change"):
             await self._write(SECOND_FILES, "change")
             await self._keep_point(site, "change")
+        async with self._step("freeze point"):
+            await self._look_at_a_freeze()
         async with self._step("reboot"):
             await self._in_guest(MOUNT_AT_BOOT, "reboot")
             await self.guest.restart()
@@ -207,6 +235,13 @@ class Story:
         told = await self._in_guest(FREEZE, "watchdog")
         self._tell(f"  {told.strip().splitlines()[-1]}")
 
+    async def _look_at_a_freeze(self) -> None:
+        """It gives an application-consistent point, and nothing stays frozen."""
+        told = json.loads(await self._in_guest(FREEZE_POINT, "freeze point"))
+        self.figures["freeze"] = told
+        if told["result"] != "application" or told["reason"]:
+            raise GuestFailed(f"no application-consistent point: {told}")
+
     async def _write(self, change: str, step: str) -> None:
         """Changes the data disk while it is mounted; unmounted and written out on return."""
         await self._in_guest(WRITE_DATA.format(disk=DATA_DISK, change=change), step)
@@ -232,7 +267,7 @@ class Story:
     async def _look_for_refused_calls(self) -> None:
         """The unit's filter refused the agent nothing that it needs; and a refusal would have been seen."""
         refused = refused_calls(await self._in_guest(REFUSED_CALLS, "refused calls"))
-        self.figures["refused_calls"] = sorted(call for program, call in refused if program == AGENT)
+        self.figures["refused_calls"] = sorted(call for program, call in refused if program in AGENT)
         if unknown := set(self.figures["refused_calls"]) - set(HARMLESS_REFUSALS):
             raise GuestFailed(f"system calls of the agent were refused, by their numbers: {sorted(unknown)}")
         seen = refused_calls(await self._in_guest(PROVOKE_REFUSAL + REFUSED_CALLS, "refused calls"))
