@@ -21,7 +21,7 @@ from tests.simulation.control import LedgerPoint
 from tests.simulation.process import SimulatedProcess
 from tests.simulation.script import Decision, Script
 from tests.simulation.store import SimulatedStore, StoreContents
-from tests.simulation.tampering import TAMPERINGS
+from tests.simulation.tampering import BLOTTED_OUT, TAMPERINGS
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -152,7 +152,9 @@ async def _tamper(world: World, decision: Decision, images: dict[PointId, bytes]
     changes = TAMPERINGS[decision.kind](objects, world.vault, decision.random) if newest else {}
     if all(objects.get(name) == data for name, data in changes.items()):
         return
-    contents = tampered(world.store, {str(name): data for name, data in changes.items()})
+    is_altered = [point for point in points if _is_altered(world, point, objects, changes)]
+    removed = [str(_record_name(world, point)) for point in is_altered if decision.kind == BLOTTED_OUT]
+    contents = tampered(world.store, {**{str(name): data for name, data in changes.items()}, **dict.fromkeys(removed)})
     store = SimulatedStore(contents, SimulatedProcess("recovery"), latency_seconds_max=RECOVERY_LATENCY_SECONDS_MAX)
     world.note_fault(decision.kind)
     try:
@@ -171,7 +173,7 @@ async def _tamper(world: World, decision: Decision, images: dict[PointId, bytes]
         newer = [point for point in points if point.position > taken]
         if any(str(_record_name(world, point)) in contents.objects for point in newer):
             world.violate("10-newest-is-the-newest", f"{decision.kind}: {taken} beside the record of a newer point")
-        elif any(_is_altered(world, point, objects, changes) for point in newer):
+        elif any(point in is_altered for point in newer):
             world.violate("10-newest-is-the-newest", f"{decision.kind}: {taken} before a damaged newer one, in silence")
 
 

@@ -31,6 +31,8 @@ from tests.simulation.vault import SimulatedVault
 
 Changes = dict[SegmentName, bytes | None]
 Objects = Mapping[SegmentName, bytes]
+BLOTTED_OUT: Final = "newest-blotted-out"
+"""Nothing but damage is left of the newest points: no record vouches for them."""
 FORGED_BYTES: Final = 512
 LATER_NS: Final = 60 * 10**9
 
@@ -68,6 +70,16 @@ def remove_newest(objects: Objects, vault: SimulatedVault, draw: random.Random) 
     """The newest of the history goes, so that an older point looks like the newest; what was signed of it stays."""
     names = sorted(objects, key=str)
     return dict.fromkeys(names[draw.randrange(len(names)) :])
+
+
+def damage_newest(objects: Objects, vault: SimulatedVault, draw: random.Random) -> Changes:
+    """The newest segment that holds anything is damaged; who uses this removes the records of its points as well."""
+    newest = _newest_with_frames(objects, vault)
+    if newest is None:
+        return {}
+    data = bytearray(objects[newest.name])
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    return {newest.name: bytes(data)}
 
 
 def forge(objects: Objects, vault: SimulatedVault, draw: random.Random) -> Changes:
@@ -195,5 +207,6 @@ TAMPERINGS: Final[dict[str, Callable[[Objects, SimulatedVault, random.Random], C
     "object-truncated": truncate,
     "objects-swapped": swap,
     "newest-objects-removed": remove_newest,
+    BLOTTED_OUT: damage_newest,
     "epoch-usurped": usurp,
 }
