@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mobility_agent.consistency.freeze_points import FreezeOutcome, FreezeTotals
+from mobility_agent.core.checkup import PROMISES
 from mobility_agent.protection import Protection
 from mobility_agent.reports import disk_state, fault_report
 from mobility_agent.service import ProtectionStatus
@@ -48,6 +49,7 @@ def _record(status: ProtectionStatus) -> dict[str, Any]:
             "state": disk_state(now).value,
             "source": now.source,
             "source_reason": now.source_reason,
+            "promise": PROMISES.get(now.source, ""),
             "copied_bytes": now.copied_bytes,
             "copy_total_bytes": now.copy_total_bytes,
             "backlog_bytes": now.backlog_bytes,
@@ -80,6 +82,7 @@ def _at_rest(path: str, disk: str | None, size_bytes: int) -> dict[str, Any]:
         "state": "waiting",
         "source": "",
         "source_reason": "",
+        "promise": "",
         "size_bytes": size_bytes,
         "copied_bytes": 0,
         "copy_total_bytes": 0,
