@@ -40,7 +40,7 @@ class ConfigServerSettings(Settings):
     copy_interval_seconds: Interval = 60.0
     point_interval_seconds: Interval = 300.0
     freeze_interval_seconds: IntervalOrNever = 300.0
-    """A live disk that has had no recovery point for so long makes its machine's file systems be frozen for a moment;
+    """A live disk of which no round has settled for so long makes its machine's file systems be frozen for a moment;
     0: never."""
     application_interval_seconds: IntervalOrNever = 3600.0
     """How often machines that have scripts for it mark application-consistent points; 0: never."""

@@ -18,7 +18,7 @@ import structlog
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mobility_agent.core.freeze_point import FreezeKind
-from mobility_agent.errors import AgentNotRunning, RefusedByAgent
+from mobility_agent.errors import AgentNotRunning, AgentTooBusy, RefusedByAgent
 from mobility_agent.service import AgentService
 from mobility_agent.status import freeze_record, status_records
 from protocol.control import PATH_LENGTH_MAX
@@ -133,7 +133,9 @@ async def ask(directory: Path, request: Request) -> list[dict[str, Any]]:
             finally:
                 writer.close()
         answer = json.loads(line)
-    except (OSError, TimeoutError, ValueError) as error:
+    except TimeoutError as error:
+        raise AgentTooBusy(directory=str(directory), command=request.command) from error
+    except (OSError, ValueError) as error:
         raise AgentNotRunning(directory=str(directory)) from error
     if "error" in answer:
         refused = answer["error"]

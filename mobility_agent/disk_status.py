@@ -41,6 +41,8 @@ class DiskStatus:
     unsettled_reason: str
     settled_position: tuple[int, int] | None
     """(epoch, sequence) of the newest settled one since the program began."""
+    settled_seconds_ago: float | None
+    """Since the newest settled round ended; None before the first since the program began."""
     is_throttled: bool
     """Frames wait for credit of the process server."""
     read_bytes: int

@@ -95,6 +95,8 @@ def _disk(selection: SourceSelection, path: str, row: dict[str, Any] | None, *, 
         unsettled_reason=row.get("unsettled_reason", ""),
         rounds=row.get("rounds", 0),
         points=row.get("points", 0),
+        settled_seconds_ago=row.get("settled_seconds_ago"),
+        freeze_fault=(row.get("newest_freeze") or {}).get("reason", ""),
         audit_alarms=row.get("audit_alarms", 0),
         resyncs=sum(row.get("resyncs", {}).values()),
     )

@@ -81,6 +81,7 @@ class FreezeFailed(LocalFault):
     code = "freeze-failed"
     is_retryable = True
     message = "no freeze: {reason}"
+    hint = "`mobility-agent doctor` says what stands in the way; what another program has frozen it has to thaw first."
 
 
 class ScriptFailed(LocalFault):
@@ -106,6 +107,15 @@ class AgentNotRunning(LocalFault):
     code = "agent-not-running"
     message = "no agent answers in {directory}"
     hint = "Start it with `mobility-agent run`."
+
+
+class AgentTooBusy(LocalFault):
+    """It listens, and has not answered in time. Fields: directory, command."""
+
+    code = "agent-too-busy"
+    is_retryable = True
+    message = "the agent in {directory} has not answered {command} yet; it may still be at it"
+    hint = "`mobility-agent status` shows what it does, and its newest freeze; the log says why it takes long."
 
 
 class CacheLost(ReplicationError):

@@ -67,8 +67,10 @@ class ReadAhead:
         *,
         compress: bool,
         priority: IoPriority = IoPriority.NORMAL,
+        is_ahead: bool = True,
     ) -> None:
-        """priority: of its reads."""
+        """priority: of its reads. is_ahead: it reads on before it is asked for more."""
+        self._is_ahead = is_ahead
         self._changes = changes
         self._buffers = buffers
         self._executor = executor
@@ -90,7 +92,7 @@ class ReadAhead:
         self._pair = self._step = None
         ready = [_ready(frame, compressed, pair) for frame, compressed in found.frames]
         pair.release()
-        if not self._changes.is_exhausted:
+        if self._is_ahead and not self._changes.is_exhausted:
             next_pair = self._buffers.try_acquire()
             if next_pair is not None:
                 self._begin(next_pair)
@@ -119,7 +121,12 @@ class ReadAhead:
 def _read(changes: Round, pair: BufferPair, compress: bool, priority: IoPriority) -> _Found:
     """Runs in the executor."""
     set_io_priority(priority)
-    frames = [(frame, _compressed(frame) if compress else None) for frame in changes.read(pair.window, pair.packing)]
+    try:
+        found = changes.read(pair.window, pair.packing)
+    finally:
+        # why: the thread's next work may be a live disk's, or the ledger's
+        set_io_priority(IoPriority.NORMAL)
+    frames = [(frame, _compressed(frame) if compress else None) for frame in found]
     return _Found(frames=frames, compared_to_bytes=changes.compared_to_bytes)
 
 

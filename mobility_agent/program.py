@@ -10,10 +10,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
+import structlog
 from prometheus_client import CollectorRegistry
 
 from mobility_agent.consistency.freeze_points import FreezePorts
-from mobility_agent.consistency.freezer import Freezer
+from mobility_agent.consistency.freezer import Freezer, thaw_before_start
 from mobility_agent.consistency.scripts import FreezeScripts
 from mobility_agent.control_socket import control_socket
 from mobility_agent.disk_reader import open_local_disk
@@ -40,6 +41,8 @@ LOCK_FILE: Final = ".lock"
 HELD_THREADS: Final = 4
 """Disks that are read at once while file systems are frozen."""
 
+log = structlog.get_logger(__name__)
+
 
 class AgentProgram:
     """`run_service(AgentProgram(settings).run)`. Raises NotEnrolled, StateLocked, AddressTaken."""
@@ -50,10 +53,14 @@ class AgentProgram:
 
     async def run(self, stop: StopSignal) -> None:
         """Until `stop`. SIGUSR1 begins a round of every disk at once."""
+        thawed = thaw_before_start(self._path, LOCK_FILE, this_machine().boot_id)
+        if thawed:
+            log.error("file systems had been left frozen", thawed=thawed)
         with (
             exclusive_lock(self._path / LOCK_FILE),
             ThreadPoolExecutor(self._settings.worker_threads, thread_name_prefix="disk") as executor,
             ThreadPoolExecutor(HELD_THREADS, thread_name_prefix="held") as held_executor,
+            ThreadPoolExecutor(1, thread_name_prefix="freeze") as freeze_executor,
             closing(SourceSelection(self._settings.tracking, self._settings.pin_directory)) as tracking,
         ):
             directory = LocalDirectory(self._path)
@@ -90,16 +97,19 @@ class AgentProgram:
                     machine=machine,
                     on_orders=on_orders,
                     tracking=tracking,
-                    freeze=self._freeze_ports(directory, machine.boot_id, held_executor),
+                    freeze=self._freeze_ports(directory, machine.boot_id, held_executor, freeze_executor),
                 )
                 await self._serve(service, renewal, stop)
 
-    def _freeze_ports(self, directory: LocalDirectory, boot_id: str, executor: ThreadPoolExecutor) -> FreezePorts:
+    def _freeze_ports(
+        self, directory: LocalDirectory, boot_id: str, held: ThreadPoolExecutor, executor: ThreadPoolExecutor
+    ) -> FreezePorts:
         settings = self._settings.freeze
         return FreezePorts(
             freezer=Freezer(directory=directory, path=self._path, boot_id=boot_id, executor=executor),
             scripts=FreezeScripts(settings.scripts_directory, seconds_max=settings.script_seconds_max),
             executor=executor,
+            held_executor=held,
             seconds_max=settings.seconds_max,
         )
 

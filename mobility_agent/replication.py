@@ -104,10 +104,14 @@ class DiskReplication:
         self._committed_sequence = 0
         self._next_round_seconds: float | None = None
         self._last_point_seconds: float | None = None
+        self._last_settled_seconds: float | None = None
+        self._is_unmarked = False
+        """Something was sent since the newest point."""
         self._retry_seconds = RETRY_SECONDS_MIN
         self._outcome: RoundOutcome | None = None
         self._error: ReplicationError | None = None
-        self._read_bytes = self._sent_bytes = self._rounds = self._settled_rounds = self._points = 0
+        self._read_bytes = self._sent_bytes = self._sent_raw_bytes = 0
+        self._rounds = self._settled_rounds = self._points = 0
         self._alarms = self._follow_ups = 0
         self._resyncs: Counter[str] = Counter()
         self._meeting: FreezeMeeting | None = None
@@ -170,9 +174,10 @@ class DiskReplication:
         return None if self._connection is None else self._connection.last_tick_ns
 
     @property
-    def last_point_seconds(self) -> float | None:
-        """When its newest point was sent, of the monotonic clock; None before the first since the program began."""
-        return self._last_point_seconds
+    def last_settled_seconds(self) -> float | None:
+        """When its newest settled round ended, of the monotonic clock; None before the first since the program
+        began."""
+        return self._last_settled_seconds
 
     def meet(self, meeting: FreezeMeeting) -> None:
         """It takes part, as soon as its round in work has ended."""
@@ -201,6 +206,9 @@ class DiskReplication:
             is_settled=outcome is not None and outcome.is_settled,
             unsettled_reason="" if outcome is None else outcome.reason,
             settled_position=self._settled_position,
+            settled_seconds_ago=None
+            if self._last_settled_seconds is None
+            else self._ports.clock.monotonic_seconds() - self._last_settled_seconds,
             is_throttled=self._connection is not None and self._connection.is_out_of_credit,
             read_bytes=self._read_bytes + (0 if current is None else current.read_bytes),
             sent_bytes=self._sent_bytes,
@@ -239,6 +247,7 @@ class DiskReplication:
                         continue
                     await self._apply(group, happening)
         finally:
+            self._leave_meeting("its protection has ended")
             self._close_channel("stopping")
             await self._let_go()
 
@@ -431,10 +440,10 @@ class DiskReplication:
     async def _drain(self) -> bool:
         """Rounds, until what is left can be read while everything is frozen; whether that was reached."""
         for _ in range(DRAIN_ROUNDS_MAX):
-            began, sent_bytes = self._ports.clock.monotonic_seconds(), self._sent_bytes
+            began, sent_bytes = self._ports.clock.monotonic_seconds(), self._sent_raw_bytes
             await self._run_round(first_bytes=0, is_copy=False)
             took_seconds = self._ports.clock.monotonic_seconds() - began
-            if took_seconds <= self._ports.held_seconds_max / 2 and self._sent_bytes - sent_bytes <= HELD_BYTES_MAX:
+            if took_seconds <= self._ports.held_seconds_max / 2 and self._sent_raw_bytes - sent_bytes <= HELD_BYTES_MAX:
                 return True
         return False
 
@@ -457,6 +466,7 @@ class DiskReplication:
             self._ports.executor if meeting is None else self._ports.held_executor,
             lambda: history.changes.begin_round(
                 first_bytes=first_bytes,
+                is_held=meeting is not None,
                 read_tick=lambda: connection.last_tick_ns if meeting is None else meeting.instant_ns,
             ),
         )
@@ -476,14 +486,18 @@ class DiskReplication:
             changes.abandon()
             self._read_bytes += changes.read_bytes
             self._sent_bytes += sender.sent_bytes
+            self._sent_raw_bytes += sender.sent_raw_bytes
+            self._is_unmarked |= sender.is_changed
         self._rounds += 1
         self._settled_rounds += self._outcome.is_settled
         if self._outcome.is_settled:
+            self._last_settled_seconds = self._ports.clock.monotonic_seconds()
             self._settled_position = (history.standing.epoch, history.standing.sent_sequence)
         self._cursor_bytes = 0
         self._retry_seconds = RETRY_SECONDS_MIN
         if self._outcome.point is not None:
             self._points += 1
+            self._is_unmarked = False
             self._newest_consistency = self._outcome.consistency
             self._last_point_seconds = self._ports.clock.monotonic_seconds()
         # why: a copy that did not settle, or had no clock to mark with, is followed at once by the round that can. Only
@@ -508,7 +522,7 @@ class DiskReplication:
         last = self._last_point_seconds
         since = None if last is None else self._ports.clock.monotonic_seconds() - last
         return is_point_due(
-            is_changed=is_changed,
+            is_changed=is_changed or self._is_unmarked,
             seconds_since_point=since,
             point_interval_seconds=self._pace.point_interval_seconds,
         )

@@ -91,6 +91,8 @@ class RoundSender:
     ) -> None:
         self.sent_bytes = 0
         """Of frame bodies."""
+        self.sent_raw_bytes = 0
+        """Of the data in them, before compression."""
         self._connection = connection
         self._channel = channel
         self._history = history
@@ -101,7 +103,8 @@ class RoundSender:
         self._epoch = history.standing.epoch
         self._builder: ChangeSetBuilder | None = None
         self._receipts: list[Any] = []
-        self._is_changed = False
+        self.is_changed = False
+        """Whether anything was sent."""
         self._stated_cursor = 0
         self._paced_bytes = 0
         self._change_set_began_seconds = 0.0
@@ -118,6 +121,7 @@ class RoundSender:
             self._reading_executor,
             compress=self._ports.compress,
             priority=priority,
+            is_ahead=not (self._is_copy and self._ports.copy_pace.is_bounded),
         )
         try:
             self._note_read(changes)
@@ -157,7 +161,8 @@ class RoundSender:
     async def _next_message(self, frame: ReadyFrame) -> Frame:
         """Takes the frame into the change set in work, and completes that when the frame fills it."""
         packed = frame.source.packed
-        self._is_changed = True
+        self.is_changed = True
+        self.sent_raw_bytes += packed.raw_bytes
         builder = self._change_set()
         self._history.take(packed.extents)
         number = builder.add(packed)
@@ -205,10 +210,10 @@ class RoundSender:
         if settled and label is not None:
             consistency = label.consistency
         bookmark = None
-        if settled and (self._held is not None or is_point_due(is_changed=self._is_changed)):
+        if settled and (self._held is not None or is_point_due(is_changed=self.is_changed)):
             bookmark = self._bookmark(end.instant_ns)
             reason = "" if bookmark is not None else NO_CLOCK
-        if settled and (self._is_changed or bookmark is not None):
+        if settled and (self.is_changed or bookmark is not None):
             await self._end_change_set(ChangeSetEnd(consistency=consistency, bookmark=bookmark))
         elif self._builder is not None:
             await self._end_change_set(UNSETTLED)
@@ -216,7 +221,7 @@ class RoundSender:
         return RoundOutcome(
             is_settled=settled,
             reason=reason,
-            is_changed=self._is_changed,
+            is_changed=self.is_changed,
             point=None if bookmark is None else bookmark.point,
             consistency=consistency,
         )

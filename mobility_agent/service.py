@@ -146,7 +146,7 @@ class AgentService:
             clock=clock,
             draw_random=draw_random,
             executor=executor,
-            held_executor=executor if freeze is None else freeze.executor,
+            held_executor=executor if freeze is None else freeze.held_executor,
             held_seconds_max=0.0 if freeze is None else freeze.seconds_max,
             buffers=FrameBuffers(buffers=self.limits.frame_buffers),
             change_set_raw_bytes=self.limits.change_set_raw_bytes,
@@ -167,7 +167,10 @@ class AgentService:
         self._changed = asyncio.Event()
         self._report_wanted = asyncio.Event()
         self._is_stopping = False
-        self._freeze_points = None if freeze is None else FreezePoints(freeze, disks=self._replications, clock=clock)
+        self._freeze_points = None if freeze is None else self._make_freeze_points(freeze)
+
+    def _make_freeze_points(self, freeze: FreezePorts) -> FreezePoints:
+        return FreezePoints(freeze, disks=self._replications, others=self._without_owner, clock=self._clock)
 
     # what the operator asks
 
@@ -423,6 +426,11 @@ class AgentService:
 
     def _replications(self) -> list[DiskReplication]:
         return [running.replication for running in self._running.values()]
+
+    def _without_owner(self) -> list[str]:
+        """Paths of disks that are to be protected, and are not yet."""
+        known = () if self._protection is None else self._protection.disks
+        return [entry.path for entry in known if entry.release is None and entry.disk not in self._running]
 
     async def _keep_orders(self) -> None:
         """Makes the orders durable when they differ from those that are."""

@@ -277,7 +277,7 @@ class AgentOrders(ControlMessage):
     heartbeat_seconds: Seconds
     renew_certificate: bool
     freeze_interval_seconds: SecondsOrNever = 0.0
-    """A live disk without a point for so long makes its machine's file systems be frozen for a moment."""
+    """A live disk of which no round settled for so long makes its machine's file systems be frozen for a moment."""
     application_interval_seconds: SecondsOrNever = 0.0
     """The application-consistent point frequency, where the machine has scripts for it."""
     disks: Annotated[tuple[DiskOrder, ...], FailFast(), Field(max_length=DISKS_PER_MACHINE_MAX)]

@@ -33,7 +33,7 @@ from mobility_agent.core.freeze_point import (
     choose_freeze,
     label_freeze,
 )
-from mobility_agent.errors import FreezeFailed, ScriptFailed
+from mobility_agent.errors import DefectMet, FreezeFailed, ScriptFailed
 from protocol.errors import ReplicationError
 from protocol.vocabulary import Consistency, DiskId
 from runtime.blocking import blocking
@@ -68,19 +68,21 @@ class FreezableDisk(Protocol):
     def last_tick_ns(self) -> int | None: ...
 
     @property
-    def last_point_seconds(self) -> float | None: ...
+    def last_settled_seconds(self) -> float | None: ...
 
     def meet(self, meeting: FreezeMeeting) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FreezePorts:
-    """What freezes need of the machine. executor: used by nothing else, so that nobody who waits for a thaw is in the
-    way. seconds_max: how long file systems are frozen at most."""
+    """What freezes need of the machine. executor, held_executor: of the freezer and of the disks' reads meanwhile, used
+    by nothing else, so that nobody who waits for a thaw is in the way. seconds_max: how long file systems are frozen at
+    most."""
 
     freezer: Freezer
     scripts: FreezeScripts
     executor: Executor
+    held_executor: Executor
     seconds_max: float
 
 
@@ -135,12 +137,20 @@ class _Held:
 class FreezePoints:
     """Of one agent."""
 
-    def __init__(self, ports: FreezePorts, *, disks: Callable[[], Sequence[FreezableDisk]], clock: Clock) -> None:
-        """disks: all that are protected."""
+    def __init__(
+        self,
+        ports: FreezePorts,
+        *,
+        disks: Callable[[], Sequence[FreezableDisk]],
+        others: Callable[[], Sequence[str]],
+        clock: Clock,
+    ) -> None:
+        """disks: those that replicate. others: paths of those that are protected as well, and do not."""
         self.totals = FreezeTotals()
         self.frequency = FreezeFrequency()
         self._ports = ports
         self._disks = disks
+        self._others = others
         self._clock = clock
         self._wanted: list[tuple[FreezeKind, asyncio.Future[FreezeOutcome]]] = []
         self._wake = asyncio.Event()
@@ -174,10 +184,16 @@ class FreezePoints:
                 continue
             try:
                 outcome = await self._make_points(kind)
-            except BaseException:
+            except asyncio.CancelledError:
                 for _, future in wanted:
                     future.cancel()
                 raise
+            except Exception as fault:
+                # why: a defect met by one freeze must not end the agent; it is logged whole and shown as its error
+                log.exception("freeze")
+                defect = DefectMet(reason=repr(fault)[:200])
+                outcome = FreezeOutcome(kind=kind, seconds=0.0, labels={}, left_out=[], error=defect)
+                self._note(outcome)
             for _, future in wanted:
                 if not future.done():
                     future.set_result(outcome)
@@ -187,12 +203,10 @@ class FreezePoints:
         if not able:
             return None
         now = self._clock.monotonic_seconds()
-        points = [disk.last_point_seconds for disk in able]
+        settled = [disk.last_settled_seconds for disk in able]
         ages = FreezeAges(
             agent_began=now - self._began_seconds,
-            oldest_newest_point=max((now - point for point in points if point is not None), default=None)
-            if None not in points
-            else None,
+            longest_unsettled=None if None in settled else now - min(one for one in settled if one is not None),
             freeze_tried=self._age(now, max(self._tried.values(), default=None)),
             application_tried=self._age(now, self._tried.get(FreezeKind.APPLICATION)),
         )
@@ -215,6 +229,7 @@ class FreezePoints:
         devices = {disk.disk: disk.freezable_device for disk in disks}
         able = {disk.disk: disk for disk in disks if devices[disk.disk] is not None}
         left_out = [f"{disk.path}: {disk.why_not_freezable}" for disk in disks if devices[disk.disk] is None]
+        left_out += [f"{path}: it does not replicate yet" for path in self._others()]
         meeting = FreezeMeeting(able, monotonic_seconds=self._clock.monotonic_seconds)
         seconds, error = 0.0, None
         for disk in able.values():
@@ -267,16 +282,18 @@ class FreezePoints:
         devices: Mapping[DiskId, int],
     ) -> _Held:
         ports = self._ports
-        held_elsewhere = await blocking(
-            ports.executor, lambda: {disk: held_exclusively(names) for disk, names in plan.to_probe.items()}
-        )
-        async with ports.freezer.process(plan.file_systems, seconds_max=ports.seconds_max) as process:
-            await process.synchronize()
-            meeting.open(Gate.DRAIN_AGAIN)
-            await meeting.all_reach(Stage.READY, seconds_max=DRAIN_AGAIN_SECONDS_MAX)
-            self._require_members(meeting)
-            with held_logs():
+        held_elsewhere = await self._held_exclusively(plan, {})
+        with held_logs():
+            # why around all of it: whatever goes wrong, nothing is logged before the last thaw
+            async with ports.freezer.process(plan.file_systems, seconds_max=ports.seconds_max) as process:
+                await process.synchronize()
+                meeting.open(Gate.DRAIN_AGAIN)
+                await meeting.all_reach(Stage.READY, seconds_max=DRAIN_AGAIN_SECONDS_MAX)
+                self._require_members(meeting)
+                await process.synchronize()
                 unfrozen, thaw = await self._mark(process, meeting, disks)
+        # why afterwards too: what was mounted out of sight in between counts as well
+        held_elsewhere = await self._held_exclusively(plan, held_elsewhere)
         after = await blocking(ports.executor, lambda: freeze_plan({disk: devices[disk] for disk in plan.disks}))
         return _Held(
             plan=plan,
@@ -290,13 +307,24 @@ class FreezePoints:
         self, process: FreezeProcess, meeting: FreezeMeeting, disks: Mapping[DiskId, FreezableDisk]
     ) -> tuple[Mapping[str, str], Thaw]:
         """Between freeze and thaw: the disks begin their rounds, and read."""
+        if any(disks[disk].last_tick_ns is None for disk in meeting.members):
+            raise FreezeFailed(reason="the configuration server's clock has not been heard yet")
         unfrozen = await process.freeze(self._ports.seconds_max)
-        ticks = [disks[disk].last_tick_ns for disk in meeting.members]
-        meeting.instant_ns = None if None in ticks else min(tick for tick in ticks if tick is not None)
+        ticks = [tick for disk in meeting.members if (tick := disks[disk].last_tick_ns) is not None]
+        meeting.instant_ns = min(ticks, default=None)
         meeting.open(Gate.FROZEN)
         await meeting.all_reach(Stage.BEGUN, seconds_max=self._ports.seconds_max)
         await meeting.all_read(seconds_max=self._ports.seconds_max)
         return unfrozen, await process.thaw()
+
+    async def _held_exclusively(
+        self, plan: FreezePlan, before: Mapping[DiskId, Sequence[str]]
+    ) -> Mapping[DiskId, Sequence[str]]:
+        """With those that were before."""
+        found = await blocking(
+            self._ports.executor, lambda: {disk: held_exclusively(names) for disk, names in plan.to_probe.items()}
+        )
+        return {disk: sorted({*names, *before.get(disk, ())}) for disk, names in found.items()}
 
     def _require_members(self, meeting: FreezeMeeting) -> None:
         if not meeting.members:

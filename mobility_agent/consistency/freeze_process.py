@@ -52,7 +52,7 @@ class Target:
             if mount_of(self.descriptor) == mount:
                 return
             os.close(self.descriptor)
-        raise OSError(refusal.errno, f"{places[0][1]}: {refusal.strerror}")
+        raise refusal
 
     def thaw(self) -> str:
         """Why it was not frozen any more; empty if it was."""
@@ -67,9 +67,10 @@ class Target:
 class Freeze:
     """All targets. The freezing goes on in a thread of its own, because one that lasts must not keep the others."""
 
-    def __init__(self, targets: list[Target]) -> None:
+    def __init__(self, targets: list[Target], unreachable: dict[str, str]) -> None:
+        """unreachable: by path, what is not among the targets, and why."""
         self.reason = ""
-        self.unfrozen: dict[str, str] = {}
+        self.unfrozen = dict(unreachable)
         self.lost: dict[str, str] = {}
         self.began = self.thawing = self.ended = 0.0
         self._targets = targets
@@ -88,13 +89,16 @@ class Freeze:
         self._thread.start()
 
     def end(self) -> None:
-        """Nothing is frozen when it returns."""
+        """Nothing is frozen when it returns. No effect the second time."""
+        if self.ended:
+            return
         self.thawing = time.monotonic()
         with self._lock:
             self._is_over = True
             for target in reversed(self._targets):
                 self._thaw(target)
-        self._thread.join()
+        if self.began:
+            self._thread.join()
         self.ended = time.monotonic()
 
     def _freeze_all(self) -> None:
@@ -123,12 +127,12 @@ class Freeze:
 
 
 def main() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
+        # why: also SIGABRT, which systemd's watchdog sends to all of a service
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     order = json.loads(read_line())
+    targets, unreachable = open_all(order["file_systems"])
     try:
-        targets = [Target([(mount, path) for mount, path in places]) for places in order["file_systems"]]
         lock_memory()
     except OSError as error:
         say({"refused": str(error.strerror)})
@@ -139,9 +143,24 @@ def main() -> None:
             synchronize(target.descriptor)
         say({"synchronized": True})
     if line == b"freeze":
-        hold(Freeze(targets), float(order["seconds_max"]))
+        freeze = Freeze(targets, unreachable)
+        try:
+            hold(freeze, float(order["seconds_max"]))
+        finally:
+            freeze.end()
     with contextlib.suppress(OSError):  # why: the agent's next start finds nothing frozen, and removes it
         os.unlink(order["record"])
+
+
+def open_all(file_systems: list[list[tuple[int, str]]]) -> tuple[list[Target], dict[str, str]]:
+    """What can be opened, and by path why the rest cannot: others' mounts, or a service's own places, may hide it."""
+    targets, unreachable = [], {}
+    for places in file_systems:
+        try:
+            targets.append(Target([(mount, path) for mount, path in places]))
+        except OSError as error:
+            unreachable[places[0][1]] = str(error.strerror)
+    return targets, unreachable
 
 
 def hold(freeze: Freeze, seconds_max: float) -> None:

@@ -7,6 +7,7 @@ agent, or by its next start.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import sys
@@ -25,6 +26,7 @@ from mobility_agent.core.freeze_plan import FileSystem
 from mobility_agent.errors import FreezeFailed
 from runtime.blocking import blocking
 from runtime.directory import DurableDirectory
+from runtime.local_directory import LocalDirectory
 
 RECORD_FILE: Final = "frozen.json"
 """In the state directory: what may be frozen just now."""
@@ -63,7 +65,7 @@ class FreezeProcess:
         self._process = process
 
     async def begin(self, order: Mapping[str, Any]) -> None:
-        """It has everything open on return."""
+        """It has everything open on return that can be reached."""
         await self._say(json.dumps(order))
         await self._hear(BEGIN_SECONDS_MAX)
 
@@ -179,14 +181,33 @@ def thaw_what_was_left(directory: DurableDirectory, boot_id: str) -> list[str]:
     """The paths of what had to be thawed. Blocks. Raises OSError."""
     try:
         record = json.loads(directory.read(RECORD_FILE))
-        identifiers = set(record["file_systems"]) if record["boot"] == boot_id else set()
+        identifiers = list(record["file_systems"]) if record["boot"] == boot_id else []
     except FileNotFoundError:
         return []
     except (ValueError, TypeError, KeyError):
-        identifiers = set()  # why: it was torn by a crash of the machine, which leaves nothing frozen
-    thawed = [system.path for system in mounted_file_systems() if system.identifier in identifiers and _thaw(system)]
+        identifiers = []  # why: it was torn by a crash of the machine, which leaves nothing frozen
+    mounted = {system.identifier: system for system in mounted_file_systems()}
+    # why: what was frozen last holds what was frozen first
+    found = [mounted[identifier] for identifier in reversed(identifiers) if identifier in mounted]
+    thawed = [system.path for system in found if _thaw(system)]
     directory.remove(RECORD_FILE)
     return thawed
+
+
+def thaw_before_start(path: Path, lock_file: str, boot_id: str) -> list[str]:
+    """Thaws what was left, if no agent runs in the state directory `path`; before anything is written there, for it may
+    lie on what is frozen. Blocks. Raises OSError."""
+    try:
+        descriptor = os.open(path / lock_file, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return []
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return thaw_what_was_left(LocalDirectory(path), boot_id)
+    except BlockingIOError:
+        return []  # why: an agent runs, and thaws by itself
+    finally:
+        os.close(descriptor)
 
 
 def _thaw(system: FileSystem) -> bool:

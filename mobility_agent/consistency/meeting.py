@@ -11,9 +11,13 @@ import asyncio
 import enum
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Final
 
 from mobility_agent.core.freeze_point import FreezeLabel
 from protocol.vocabulary import DiskId
+
+LABEL_SECONDS_MAX: Final = 90.0
+"""No disk stands still longer than this for what others, or scripts, still have to do."""
 
 
 class Stage(enum.IntEnum):
@@ -64,6 +68,7 @@ class FreezeMeeting:
         self._monotonic_seconds = monotonic_seconds
         self._gates = {gate: asyncio.Event() for gate in Gate}
         self._stages = {stage: asyncio.Event() for stage in Stage}
+        self._look()
 
     # for a disk
 
@@ -90,7 +95,11 @@ class FreezeMeeting:
             return None
         member.unsettled_reason = unsettled_reason
         self.reach(disk, Stage.JUDGED)
-        await self.passed(disk, Gate.LABELLED)
+        try:
+            async with asyncio.timeout(LABEL_SECONDS_MAX):
+                await self.passed(disk, Gate.LABELLED)
+        except TimeoutError:
+            self.leave(disk, f"it waited {LABEL_SECONDS_MAX:g} s for its label")
         return member.label
 
     def leave(self, disk: DiskId, reason: str) -> None:

@@ -14,6 +14,7 @@ import re
 import signal
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,7 @@ import structlog
 
 from mobility_agent.errors import ScriptFailed
 
+KILLED_SECONDS_MAX: Final = 10.0
 OUTPUT_BYTES_MAX: Final = 2**20
 """A script that writes more meets an error."""
 LOGGED_BYTES_MAX: Final = 4096
@@ -50,7 +52,7 @@ class FreezeScripts:
         except OSError as error:
             raise ScriptFailed(script=str(self._directory), reason=error.strerror or str(error)) from error
         paths = [self._directory / name for name in names if _NAME.fullmatch(name)]
-        return [path for path in paths if os.access(path, os.X_OK) and path.is_file()]
+        return [path for path in paths if os.access(path, os.X_OK) and not os.path.isdir(path)]
 
     async def before_freeze(self, scripts: Sequence[Path], *, mount_points: Sequence[str]) -> None:
         """mount_points: of what is to be frozen; the scripts find them in FARPOINT_MOUNT_POINTS, a line each. If one
@@ -78,10 +80,13 @@ class FreezeScripts:
         return failures
 
     async def _run(self, script: Path, word: str, mount_points: Sequence[str]) -> None:
-        check_only_roots(script)
-        output = _output()
         try:
-            status = await self._status(script, word, mount_points, output)
+            program = check_only_roots(script)
+            output = _output()
+        except OSError as error:
+            raise ScriptFailed(script=str(script), reason=error.strerror or str(error)) from error
+        try:
+            status = await self._status(program, word, mount_points, output)
             if status:
                 written_bytes = os.lseek(output, 0, os.SEEK_CUR)
                 last = os.pread(output, LOGGED_BYTES_MAX, max(0, written_bytes - LOGGED_BYTES_MAX))
@@ -112,8 +117,9 @@ class FreezeScripts:
             raise ScriptFailed(script=str(script), reason=f"{word}: not done after {self._seconds_max:g} s") from error
         finally:
             if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await _wait_for_killed(process, script)
 
 
 def _output() -> int:
@@ -125,11 +131,22 @@ def _output() -> int:
     return descriptor
 
 
-def check_only_roots(script: Path) -> None:
-    """Raises ScriptFailed where somebody else than root could have written it. Blocks shortly."""
-    path = Path(os.path.realpath(script))
-    for part in (path, *path.parents):
+async def _wait_for_killed(process: asyncio.subprocess.Process, script: Path) -> None:
+    """What the kernel holds in the midst of something ends only when that does; nobody waits for it."""
+    try:
+        async with asyncio.timeout(KILLED_SECONDS_MAX):
+            await process.wait()
+    except TimeoutError:
+        log.error("script does not end", script=str(script), process=process.pid)
+
+
+def check_only_roots(script: Path) -> Path:
+    """Where it really lies, to be run there. Raises ScriptFailed where somebody else than root could have written it,
+    or put another one in its place; OSError. Blocks shortly."""
+    path, place = Path(os.path.realpath(script)), Path(os.path.realpath(script.parent))
+    for part in (path, *path.parents, place, *place.parents):
         status = os.stat(part)
         is_sticky = bool(status.st_mode & stat.S_ISVTX) and stat.S_ISDIR(status.st_mode)
         if status.st_uid != 0 or (status.st_mode & _OTHERS_MAY_WRITE and not is_sticky):
             raise ScriptFailed(script=str(script), reason=f"not run: others than root may write {part}")
+    return path

@@ -21,6 +21,8 @@ PROMISES: Final = {
     "bitmap": "every change is found, also while the agent is stopped; points of undisturbed rounds, else of freezes",
     "scan": "the whole disk is read each round; a point only if nobody wrote to it or had it mounted meanwhile",
 }
+UNSETTLED_SECONDS_MAX: Final = 1800.0
+"""Without a settled round for so long, points are far behind whatever policy there is."""
 NO_CHOICE: Final = SourceChoice(source="", reasons=())
 
 
@@ -79,6 +81,10 @@ class DiskFacts:
     unsettled_reason: str = ""
     rounds: int = 0
     points: int = 0
+    settled_seconds_ago: float | None = None
+    """Since its newest settled round; None before the first."""
+    freeze_fault: str = ""
+    """Why the newest freeze gave less than was wanted."""
     audit_alarms: int = 0
     resyncs: int = 0
 
@@ -194,6 +200,12 @@ def _replication(facts: DiskFacts) -> list[Finding]:
         why = f": {facts.unsettled_reason}" if facts.unsettled_reason else ""
         text = f"no recovery point in {facts.rounds} rounds since the agent began{why}"
         found.append(Finding(about=facts.path, weight=Weight.PROBLEM, text=text, advice="`mobility-agent freeze-now`"))
+    elif facts.settled_seconds_ago is not None and facts.settled_seconds_ago > UNSETTLED_SECONDS_MAX:
+        text = f"no round has settled for {facts.settled_seconds_ago:.0f} s: {facts.unsettled_reason}"
+        found.append(Finding(about=facts.path, weight=Weight.PROBLEM, text=text, advice="`mobility-agent freeze-now`"))
+    if facts.freeze_fault:
+        text = f"the newest freeze gave less than was wanted: {facts.freeze_fault}"
+        found.append(Finding(about=facts.path, weight=Weight.NOTICE, text=text))
     if facts.audit_alarms:
         text = f"tracking missed writes {facts.audit_alarms} times, which were read again"
         found.append(Finding(about=facts.path, weight=Weight.NOTICE, text=text))

@@ -25,7 +25,7 @@ class FreezeFrequency:
     """The orders; 0 is never. Seconds."""
 
     freeze_interval_seconds: float = 0.0
-    """A live disk that has had no point for so long makes the machine be frozen."""
+    """A live disk of which no round has settled for so long makes the machine be frozen."""
     application_interval_seconds: float = 0.0
 
 
@@ -34,8 +34,8 @@ class FreezeAges:
     """Seconds since then; None: never, since the agent began."""
 
     agent_began: float
-    oldest_newest_point: float | None
-    """Of the disks that take part: the newest point of the one that is worst off."""
+    longest_unsettled: float | None
+    """Since its newest settled round, of the disk that is worst off among those that could take part."""
     freeze_tried: float | None
     application_tried: float | None
 
@@ -46,7 +46,7 @@ def choose_freeze(frequency: FreezeFrequency, ages: FreezeAges, *, has_scripts: 
     if has_scripts and application > 0 and _since(ages.application_tried, ages) >= application:
         return FreezeKind.APPLICATION
     interval = frequency.freeze_interval_seconds
-    is_behind = _since(ages.oldest_newest_point, ages) >= interval
+    is_behind = _since(ages.longest_unsettled, ages) >= interval
     if interval > 0 and is_behind and _since(ages.freeze_tried, ages) >= interval:
         return FreezeKind.FILE_SYSTEM
     return None

@@ -1,4 +1,4 @@
-"""How fast copy-ins may read, over all disks of one agent: a rate that is never exceeded by more than one step."""
+"""How fast copy-ins may read, over all disks of one agent: a rate that is exceeded by no more than a step of each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ class ReadPace:
         """0: as fast as it goes."""
         self._bytes_per_second = bytes_per_second
         self._paid_until_seconds = 0.0
+
+    @property
+    def is_bounded(self) -> bool:
+        return self._bytes_per_second > 0
 
     def wait_seconds(self, read_bytes: int, now_seconds: float) -> float:
         """How long whoever has just read so much waits before the next read. Time in which nobody read is not saved."""

@@ -88,11 +88,12 @@ class BitmapSource:
         self._tracked.facts.resync_cause = ""
         self._tracked.write_facts()
 
-    def begin_round(self, *, first_bytes: int, read_tick: ReadTick = no_tick) -> BitmapRound:
+    def begin_round(self, *, first_bytes: int, read_tick: ReadTick = no_tick, is_held: bool = False) -> BitmapRound:
         self._source.check()
         if self._tracked.facts.resync_cause:
             raise ResyncNeeded(cause=self._tracked.facts.resync_cause)
-        self._renew_digests()
+        if not is_held:
+            self._renew_digests()
         before = self._tracked.counters()
         misses_before = self._tracked.read_audit().missed_submissions
         # why: a read past the page cache writes back what is dirty there; before the swap that disturbs no round. Where

@@ -138,9 +138,10 @@ class ChangeSource(Protocol):
         None: nothing is known. Durable on return."""
         ...
 
-    def begin_round(self, *, first_bytes: int, read_tick: ReadTick = no_tick) -> Round:
+    def begin_round(self, *, first_bytes: int, read_tick: ReadTick = no_tick, is_held: bool = False) -> Round:
         """Compares [first_bytes, end of the disk) with the history. read_tick is called in the thread that calls
-        begin_round or end. Raises DiskFault, ResyncNeeded."""
+        begin_round or end. is_held: file systems are frozen, perhaps with the agent's own state, which is left alone.
+        Raises DiskFault, ResyncNeeded."""
         ...
 
     def sent(self, sequence: int, receipts: Sequence[Any]) -> None:

@@ -122,7 +122,7 @@ class ScanSource:
             old.close()
         self._digests = new
 
-    def begin_round(self, *, first_bytes: int, read_tick: ReadTick = no_tick) -> ScanRound:
+    def begin_round(self, *, first_bytes: int, read_tick: ReadTick = no_tick, is_held: bool = False) -> ScanRound:
         self._source.check()
         return ScanRound(self._source, self.digests, first_bytes=first_bytes, read_tick=read_tick)
 

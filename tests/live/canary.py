@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 COUNT = struct.Struct("<Q")
+COUNTER_BYTES = 24 * 2**20
+"""Of each counter's file; one is at its begin and one at its end, so that they lie far from each other."""
+COUNTERS = {"first": 0, "second": COUNTER_BYTES - COUNT.size}
 FILES = 40
 FILE_BYTES_MAX = 200_000
 
@@ -69,23 +72,28 @@ def busy(place: Path, ledger: Path, *, seed: int) -> Iterator[Canary]:
 
 def read_counts(place: Path) -> Counts:
     """Of a copy that is mounted here."""
-    return Counts(first=_count(place / "first"), second=_count(place / "second"))
+    return Counts(**{name: _count(place / name, at) for name, at in COUNTERS.items()})
 
 
-def _count(path: Path) -> int:
+def _count(path: Path, at: int) -> int:
     """Nothing was ever acknowledged where nothing is."""
-    data = path.read_bytes() if path.exists() else b""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        data = os.pread(file.fileno(), COUNT.size, at)
     return int(COUNT.unpack(data)[0]) if len(data) == COUNT.size else 0
 
 
 def _write(place: Path, ledger: Path, draw: random.Random) -> None:
-    descriptors = [os.open(place / name, os.O_RDWR | os.O_CREAT, 0o600) for name in ("first", "second")]
+    counters = [(os.open(place / name, os.O_RDWR | os.O_CREAT, 0o600), at) for name, at in COUNTERS.items()]
+    for descriptor, _ in counters:
+        os.posix_fallocate(descriptor, 0, COUNTER_BYTES)
     told = os.open(ledger, os.O_RDWR)
     count = 0
     while not select.select([0], [], [], 0)[0]:
         count += 1
-        for descriptor in descriptors:
-            os.pwrite(descriptor, COUNT.pack(count), 0)
+        for descriptor, at in counters:
+            os.pwrite(descriptor, COUNT.pack(count), at)
             os.fsync(descriptor)
         os.pwrite(told, COUNT.pack(count), 0)
         _work(place, draw)

@@ -18,12 +18,20 @@ from pathlib import Path
 import pytest
 
 from mobility_agent.consistency.freeze_process import FREEZE, THAW
-from mobility_agent.consistency.freezer import RECORD_FILE, FreezeProcess, Freezer, thaw_what_was_left
+from mobility_agent.consistency.freezer import (
+    RECORD_FILE,
+    FreezeProcess,
+    Freezer,
+    thaw_before_start,
+    thaw_what_was_left,
+)
 from mobility_agent.consistency.mount_table import freeze_plan
 from mobility_agent.core.freeze_plan import FileSystem, FreezePlan
 from mobility_agent.errors import FreezeFailed
+from mobility_agent.program import LOCK_FILE
 from protocol.vocabulary import DiskId
 from runtime.local_directory import LocalDirectory
+from runtime.locks import exclusive_lock
 from tests.live.block_devices import loop_device, mounted, run
 
 DISK = DiskId("d" * 32)
@@ -158,15 +166,16 @@ async def test_what_somebody_else_thaws_is_told(freezer: Freezer, place: Path) -
     assert ended.lost == {str(place): "somebody else thawed it"}
 
 
-async def test_a_mount_point_that_leads_elsewhere_is_refused(freezer: Freezer, place: Path) -> None:
+async def test_what_something_else_is_mounted_over_is_told_and_not_frozen(freezer: Freezer, place: Path) -> None:
     system = system_of(place)
     run("mount", "-t", "tmpfs", "none", place)
     try:
-        with pytest.raises(FreezeFailed, match="mounted over it"):
-            async with freezer.process([system], seconds_max=LONG_SECONDS):
-                pytest.fail("it is another file system")
+        async with freezer.process([system], seconds_max=LONG_SECONDS) as process:
+            assert await process.freeze(LONG_SECONDS) == {str(place): "something else is mounted over it"}
+            assert (await process.thaw()).lost == {}
     finally:
         run("umount", place)
+    assert not is_frozen(place)
 
 
 async def test_the_agent_thaws_when_the_process_was_killed(freezer: Freezer, place: Path) -> None:
@@ -188,6 +197,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from mobility_agent.consistency.freezer import Freezer
 from runtime.local_directory import LocalDirectory
+from runtime.locks import exclusive_lock
 from tests.live.test_freezing import BOOT, system_of
 
 async def main(place, state, seconds):
@@ -231,7 +241,8 @@ def test_a_stopped_agent_leaves_nothing_frozen_for_long(place: Path) -> None:
         began = time.monotonic()
         with blocked_writer(place / "file"):
             pass
-        assert time.monotonic() - began < LONG_SECONDS
+        # why some more: a busy machine takes its time to run whoever thaws
+        assert time.monotonic() - began < 1.0 + LONG_SECONDS / 6
         assert not is_frozen(place)
 
 
@@ -248,6 +259,34 @@ def test_the_next_start_thaws_what_a_killed_agent_and_process_left_frozen(place:
     assert thaw_what_was_left(directory, boot) == ([str(place)] if boot == BOOT else [])
     assert is_frozen(place) is (boot != BOOT)
     assert thaw_what_was_left(directory, BOOT) == []
+
+
+def test_an_agent_whose_state_is_on_what_was_left_frozen_starts(place: Path) -> None:
+    """Nothing there can be written before it is thawed."""
+    state = place / "state"
+    with exclusive_lock(state / LOCK_FILE):
+        pass
+    (place.parent / "state").symlink_to(state)
+    with freezing_agent(place, seconds_max=LONG_SECONDS) as (agent, freezing):
+        agent.send_signal(signal.SIGSTOP)
+        os.kill(freezing, signal.SIGKILL)
+        agent.kill()
+        agent.wait()
+    assert is_frozen(place)
+    assert thaw_before_start(state, LOCK_FILE, BOOT) == [str(place)]
+    with exclusive_lock(state / LOCK_FILE):
+        assert thaw_before_start(state, LOCK_FILE, BOOT) == [], "one that runs thaws by itself"
+
+
+@pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGTERM, signal.SIGALRM, signal.SIGRTMIN])
+def test_what_freezes_heeds_no_signal_but_thaws(place: Path, number: int) -> None:
+    """systemd's watchdog sends SIGABRT to all of a service."""
+    with freezing_agent(place, seconds_max=LONG_SECONDS) as (agent, freezing):
+        os.kill(freezing, number)
+        assert is_frozen(place)
+        agent.kill()
+        assert wait_for_end(freezing)
+    assert not is_frozen(place)
 
 
 def wait_for_end(process: int) -> bool:

@@ -148,6 +148,18 @@ def test_a_lock_that_was_lost_before_the_thaw_is_told(server: MariadbServer, oth
     assert "ended before the thaw" in done.stdout
 
 
+def test_a_session_that_the_server_ended_is_told(server: MariadbServer, other_engine: str) -> None:
+    server.freeze()
+    sessions = server.ask("SELECT id FROM information_schema.processlist WHERE command = 'Sleep'").split()
+    for session in sessions:
+        server.ask(f"KILL {session}")
+    assert sessions
+    assert insert(server, other_engine).wait(SECONDS_MAX) == 0
+    done = server.script("thaw")
+    assert done.returncode == 1
+    assert "ended before the thaw" in done.stdout
+
+
 def test_data_that_is_not_frozen_is_refused(server: MariadbServer) -> None:
     done = server.script("freeze", "/proc")
     assert done.returncode == 1

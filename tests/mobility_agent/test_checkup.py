@@ -90,6 +90,8 @@ def test_what_cannot_be_frozen_is_told(kind: str) -> None:
         ({"error": "a read failed", "hint": "look at the disk"}, Weight.PROBLEM, "a read failed"),
         ({"is_disconnected": True}, Weight.PROBLEM, "no connection"),
         ({"points": 0, "unsettled_reason": "busy"}, Weight.PROBLEM, "no recovery point in 9 rounds"),
+        ({"settled_seconds_ago": 9999.0, "unsettled_reason": "busy"}, Weight.PROBLEM, "for 9999 s: busy"),
+        ({"freeze_fault": "a script failed"}, Weight.NOTICE, "a script failed"),
         ({"audit_alarms": 2}, Weight.NOTICE, "2 times"),
         ({"resyncs": 1}, Weight.NOTICE, "1 times"),
     ],

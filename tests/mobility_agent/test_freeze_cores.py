@@ -154,7 +154,7 @@ def test_what_goes_wrong_never_makes_a_better_label() -> None:
 def ages(
     point: float | None = None, tried: float | None = None, application: float | None = None, began: float = 0.0
 ) -> FreezeAges:
-    return FreezeAges(agent_began=began, oldest_newest_point=point, freeze_tried=tried, application_tried=application)
+    return FreezeAges(agent_began=began, longest_unsettled=point, freeze_tried=tried, application_tried=application)
 
 
 OFTEN = FreezeFrequency(freeze_interval_seconds=300, application_interval_seconds=3600)

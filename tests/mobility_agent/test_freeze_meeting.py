@@ -39,6 +39,10 @@ async def test_nobody_waits_for_one_that_left(meeting: FreezeMeeting) -> None:
     assert set(meeting.members) == {ONE}
 
 
+async def test_a_meeting_of_nobody_waits_for_nobody() -> None:
+    await FreezeMeeting([], monotonic_seconds=lambda: 0.0).all_reach(Stage.JUDGED, seconds_max=LONG_SECONDS)
+
+
 async def test_who_takes_too_long_is_dismissed(meeting: FreezeMeeting) -> None:
     meeting.reach(ONE, Stage.READY)
     await meeting.all_reach(Stage.READY, seconds_max=0.0)

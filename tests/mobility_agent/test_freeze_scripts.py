@@ -124,6 +124,29 @@ async def test_what_lies_where_others_may_write_is_not_run(
         await scripts.before_freeze(scripts.found(), mount_points=[])
 
 
+async def test_a_link_that_others_could_have_put_there_is_not_run(
+    scripts: FreezeScripts, write: Write, tmp_path: Path
+) -> None:
+    """What it leads to is root's; where it lies is everybody's."""
+    (tmp_path / "scripts.d" / "link").symlink_to("/bin/true")
+    await scripts.before_freeze(scripts.found(), mount_points=[])
+    (tmp_path / "scripts.d").chmod(0o777)
+    with pytest.raises(ScriptFailed, match="others than root"):
+        await scripts.before_freeze(scripts.found(), mount_points=[])
+
+
+async def test_one_that_is_gone_when_its_turn_comes_counts_as_failed_and_the_others_hear_of_the_thaw(
+    scripts: FreezeScripts, write: Write, tmp_path: Path
+) -> None:
+    write("1")
+    gone = write("2")
+    found = scripts.found()
+    gone.unlink()
+    with pytest.raises(ScriptFailed, match="No such file"):
+        await scripts.before_freeze(found, mount_points=[])
+    assert ran(tmp_path) == ["1 freeze", "1 thaw"]
+
+
 async def test_what_another_owns_is_not_run(scripts: FreezeScripts, write: Write, tmp_path: Path) -> None:
     os.chown(write("his"), 65534, 65534)
     with pytest.raises(ScriptFailed, match="others than root"):

@@ -58,7 +58,7 @@ class ActedSource(ScanSource):
     at_read: Callable[[], None] = staticmethod(lambda: None)
     rounds = 0
 
-    def begin_round(self, *, first_bytes: int, read_tick: ReadTick = no_tick) -> ScanRound:
+    def begin_round(self, *, first_bytes: int, read_tick: ReadTick = no_tick, is_held: bool = False) -> ScanRound:
         self.rounds += 1
         acted = ActedRound(self._source, self.digests, first_bytes=first_bytes, read_tick=read_tick)
         acted.end_as, acted.at_read = self.end_as, self.at_read  # type: ignore[method-assign]
@@ -107,6 +107,31 @@ async def test_a_point_carries_the_tick_that_its_source_read(bench: Bench, insta
     bookmark = bench.server.disks[bench.disk].ends()[-1].bookmark
     assert bookmark is not None
     assert bookmark.instant_ns == (instant_ns or LATER_NS)
+
+
+async def test_what_went_out_in_a_disturbed_round_gets_a_point_at_the_next_that_settles(bench: Bench) -> None:
+    """Although that one finds nothing changed, and the interval for disks without changes is far from over."""
+    is_disturbed = False
+
+    def prepare(source: ActedSource) -> None:
+        fuzzy = RoundEnd(promise=Promise.COPY_IN_FUZZY, reason="disturbed")
+        source.follow_ups_max = 0  # type: ignore[misc]
+        source.end_as = lambda end: fuzzy if is_disturbed else end  # type: ignore[method-assign]
+
+    bench.tracking = ActedTracking(prepare)
+    bench.write_image(MIB)
+    async with bench.agent() as service:
+        await service.protect(str(bench.image))
+        await bench.until_points(1)
+        is_disturbed = True
+        bench.change(0, b"in a disturbed round")
+        settled = _rounds(service.protection)
+        service.scan_now()
+        await bench.server.until(lambda: _rounds(service.protection) > settled)
+        assert len(bench.server.disks[bench.disk].points()) == 1
+        is_disturbed = False
+        service.scan_now()
+        await bench.until_points(2)
 
 
 async def test_rounds_follow_one_that_did_not_settle_but_not_for_ever(bench: Bench) -> None:
