@@ -37,6 +37,7 @@ from protocol.errors import DeadlineExceeded, ReplicationError
 from protocol.messages import Frame
 from protocol.vocabulary import EXTENT_DTYPE, DiskId, PeerIdentity
 from runtime.clock import Clock
+from storage.errors import HistoryForked
 from storage.segment import SegmentOpening
 
 _log = structlog.get_logger("process_server.disk")
@@ -85,6 +86,9 @@ class DiskHistory:
         self.work: WorkSegment | None = None
         self.stop_reason: DiskStopped | None = None
         self.stopped_epoch = 0
+        self.forked_at: tuple[int, int] | None = None
+        """(epoch, sequence) up to which this cache and the store agreed, if the store was found to hold something else
+        behind it."""
         self.received_bytes = 0
         self.stored_bytes = 0
         self._tools = tools
@@ -361,6 +365,8 @@ class DiskHistory:
         if self.state is not DiskState.STOPPED:
             self._tools.metrics.stopped_disks.inc()
             self.stopped_epoch = self.position.epoch if self.position else 0
+        if isinstance(error, HistoryForked) and self.positions is not None:
+            self.forked_at = (self.positions.epoch, self.positions.committed)
         self.stop_reason = DiskStopped(disk=self.disk, reason_code=error.code, reason=str(error))
         self._end(DiskEvent.SUPERSEDED, self.stop_reason)
         self._drop_waiting()

@@ -167,6 +167,10 @@ class DiskOpener:
         # still arrive, or lie behind a gap that nobody can fill. Only a closing segment ends it.
         is_used = summary is not None or newest_seen >= grant.epoch
         position = _position(grant.disk, grant.epoch, start, summary)
+        if history.forked_at is not None and history.forked_at[0] == position.parent_epoch:
+            # why: behind it the parent holds what another life of this cache had stored, not what the agent sent last
+            agreed = min(position.parent_sequence, history.forked_at[1])
+            position = dataclasses.replace(position, parent_sequence=agreed)
         history.start_epoch(dataclasses.replace(position, must_be_left=is_used))
 
 
