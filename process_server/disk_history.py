@@ -86,9 +86,8 @@ class DiskHistory:
         self.work: WorkSegment | None = None
         self.stop_reason: DiskStopped | None = None
         self.stopped_epoch = 0
-        self.forked_at: tuple[int, int] | None = None
-        """(epoch, sequence) up to which this cache and the store agreed, if the store was found to hold something else
-        behind it."""
+        self.forked_epoch: int | None = None
+        """The newest epoch of which the store was found to hold other segments than this cache."""
         self.received_bytes = 0
         self.stored_bytes = 0
         self._tools = tools
@@ -366,7 +365,7 @@ class DiskHistory:
             self._tools.metrics.stopped_disks.inc()
             self.stopped_epoch = self.position.epoch if self.position else 0
         if isinstance(error, HistoryForked) and self.positions is not None:
-            self.forked_at = (self.positions.epoch, self.positions.committed)
+            self.forked_epoch = self.positions.epoch
         self.stop_reason = DiskStopped(disk=self.disk, reason_code=error.code, reason=str(error))
         self._end(DiskEvent.SUPERSEDED, self.stop_reason)
         self._drop_waiting()

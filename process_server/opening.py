@@ -26,7 +26,7 @@ from process_server.grants import GrantBook, HeldGrant
 from process_server.uploader import Uploader
 from protocol.errors import NoGrant
 from protocol.messages import DiskOpened, OpenDisk
-from protocol.vocabulary import DiskId, PeerIdentity
+from protocol.vocabulary import SEQUENCE_UNKNOWN, DiskId, PeerIdentity
 from storage.disk_archive import DiskArchive, EpochStart, SegmentSummary
 from storage.errors import HistoryForked
 
@@ -167,10 +167,10 @@ class DiskOpener:
         # still arrive, or lie behind a gap that nobody can fill. Only a closing segment ends it.
         is_used = summary is not None or newest_seen >= grant.epoch
         position = _position(grant.disk, grant.epoch, start, summary)
-        if history.forked_at is not None and history.forked_at[0] == position.parent_epoch:
-            # why: behind it the parent holds what another life of this cache had stored, not what the agent sent last
-            agreed = min(position.parent_sequence, history.forked_at[1])
-            position = dataclasses.replace(position, parent_sequence=agreed)
+        if history.forked_epoch is not None and history.forked_epoch == position.parent_epoch:
+            # why: the parent holds what another life of this cache had stored, and the agent has since sent other
+            # bytes under the same numbers: what it knows of the contents is of use no more.
+            position = dataclasses.replace(position, parent_sequence=SEQUENCE_UNKNOWN)
         history.start_epoch(dataclasses.replace(position, must_be_left=is_used))
 
 

@@ -117,7 +117,8 @@ class DiskOpened:
     durable_sequence + 1).
 
     parent_epoch/parent_sequence: the position that the epoch continues, (0, 0) for a disk's first epoch. What the
-    agent sent after it in the parent epoch is not part of the history: those extents are copied in again.
+    agent sent after it in the parent epoch is not part of the history: those extents are copied in again. With
+    SEQUENCE_UNKNOWN that is so of all that it ever sent.
     copy_in_cursor_bytes: the newest durable cursor of the epoch, None if none was ever stated.
     """
 

@@ -25,6 +25,8 @@ PointId = NewType("PointId", str)
 
 EPOCH_MAX: Final = 2**32 - 1
 SEQUENCE_MAX: Final = 2**63 - 1
+SEQUENCE_UNKNOWN: Final = SEQUENCE_MAX
+"""As what an epoch continues: behind everything that anybody will ever have sent."""
 DISK_SIZE_BYTES_MAX: Final = 2**56
 EXTENT_LENGTH_BYTES_MAX: Final = 2**31
 """A longer run of zeroes is several extents. Data extents are bounded by FRAME_RAW_BYTES_MAX anyway."""

@@ -23,7 +23,7 @@ from mobility_agent.core.replication import (
 from mobility_agent.core.resync_cause import ResyncCause
 from protocol.errors import EventNotAllowed, StaleEpoch
 from protocol.messages import DiskOpened
-from protocol.vocabulary import DiskId
+from protocol.vocabulary import SEQUENCE_UNKNOWN, DiskId
 
 DISK = DiskId("d" * 32)
 SIZE = 2**30
@@ -136,6 +136,13 @@ def standing(epoch: int = 0, sent: int = 0, acknowledged: int = 0) -> Standing:
         (
             standing(1, 5, 5),
             opened(epoch=2, parent_epoch=1, parent_sequence=4, durable_sequence=1),
+            Event.OPENED_DIFFERING,
+            Relation.UNKNOWN,
+            False,
+        ),
+        (
+            standing(1, 5, 5),
+            opened(epoch=2, parent_epoch=1, parent_sequence=SEQUENCE_UNKNOWN),
             Event.OPENED_DIFFERING,
             Relation.UNKNOWN,
             False,
