@@ -76,10 +76,6 @@ def _for_each(
                 log.warning("disk", disk=entry.disk, path=entry.path, error=str(error))
                 # why: what becomes of the disk from now on is marked nowhere
                 directory.remove(marker_name(entry.disk))
-                # why: what becomes of the disk from now on is marked nowhere
-                directory.remove(marker_name(entry.disk))
-                # why: what becomes of the disk from now on is marked nowhere
-                directory.remove(marker_name(entry.disk))
 
 
 def _open(entry: ProtectedDisk, deadline: float) -> LocalDisk:
