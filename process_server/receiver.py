@@ -16,7 +16,7 @@ import structlog
 
 from process_server.core.backpressure import FRAME_BODY_BYTES_MAX, ConnectionCredit
 from process_server.disk_history import DiskHistory, Holder
-from process_server.errors import DiskStopped
+from process_server.errors import DiskStopped, ServiceStopping
 from process_server.metrics import ProcessServerMetrics
 from protocol.errors import DeadlineExceeded, PeerFault, ReplicationError
 from protocol.framing import body_bytes_of
@@ -99,6 +99,7 @@ class AgentConnection:
         self._numbers: dict[DiskHistory, int] = {}
         self._ending: Goodbye | Refusal | None = None
         self._is_greeted = False
+        self._is_cut = asyncio.Event()
         self.credit = ConnectionCredit()
 
     @property
@@ -116,6 +117,7 @@ class AgentConnection:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._receive(group))
                 group.create_task(self._send())
+                group.create_task(self._end_when_cut())
         except* _ConnectionOver as over:
             for one in over.exceptions:
                 error = one.error if isinstance(one, _ConnectionOver) else None
@@ -164,6 +166,14 @@ class AgentConnection:
         self._dirty |= {number: history for history, number in self._numbers.items()}
         self._ending = self._ending or Goodbye(reason=reason)
         self._wakeup.set()
+
+    def cut(self) -> None:
+        """Ends the connection at once, whatever is under way on it."""
+        self._is_cut.set()
+
+    async def _end_when_cut(self) -> None:
+        await self._is_cut.wait()
+        raise _ConnectionOver(ServiceStopping())
 
     # receiving
 

@@ -169,6 +169,9 @@ class ProcessServer:
             self._ready.set()
             await self._stop.wait()
             await self._end_in_order()
+            for connection in self._connections:
+                # why: one that waits for a cache that takes nothing any more would never end
+                connection.cut()
             for task in tasks:
                 task.cancel()
         await self._cache.close()

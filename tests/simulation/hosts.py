@@ -128,6 +128,9 @@ class Host:
                 if not self.is_last_run:
                     off_seconds = max(0.0, self.off_until_seconds - self.world.loop.time())
                     await asyncio.sleep(off_seconds + self.draw.random() ** 2 * RESTART_SECONDS_MAX)
+                    while (off_seconds := self.off_until_seconds - self.world.loop.time()) > 0:
+                        # why: it may have been switched off while it was about to start
+                        await asyncio.sleep(off_seconds)
                 if self.is_last_run:
                     return
 
