@@ -72,7 +72,7 @@ class RoundObservation:
 
     was_quiet: bool
     """Every write submitted before the swap was known to have completed before the first read."""
-    rewritten_blocks: int
+    rewritten_areas: int
     """Blocks of the round that were marked at submission since the swap."""
     foreign_completions: int
     """Completions of writes that nobody saw being submitted."""
@@ -96,7 +96,7 @@ def why_not_still(seen: RoundObservation) -> str:
     """
     checks = (
         (not seen.was_quiet, "writes that were under way when the round began did not end in time"),
-        (seen.rewritten_blocks > 0, f"{seen.rewritten_blocks} blocks were written again while they were read"),
+        (seen.rewritten_areas > 0, f"{seen.rewritten_areas} areas were written again while they were read"),
         (seen.foreign_completions > 0, "writes completed that had begun before tracking did"),
         (seen.untracked_submissions > 0, "more writes were under way at once than tracking has room for"),
         (seen.missed_submissions > 0, "a submission was not seen"),

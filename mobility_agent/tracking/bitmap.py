@@ -101,7 +101,7 @@ class BitmapSource:
         self._source.write_back()
         facts = self._tracked.facts
         if facts.is_unsettled:
-            self._tracked.pending[:] |= self._tracked.unaudited
+            self._tracked.read_again()
         facts.is_unsettled = 1
         self._tracked.write_facts()
         is_older_quiet = self._tracked.wait_for_older(seconds_max=QUIET_SECONDS_MAX)
@@ -112,6 +112,7 @@ class BitmapSource:
         was_quiet = is_older_quiet and self._tracked.wait_until_quiet(parity, seconds_max=QUIET_SECONDS_MAX)
         if not was_quiet:
             self._give_up_leaks()
+        self._tracked.take_late()
         return BitmapRound(
             self,
             self._source,
@@ -121,7 +122,6 @@ class BitmapSource:
             begin=RoundBegin(
                 counters=before, missed_submissions=misses_before, was_quiet=was_quiet, instant_ns=instant_ns
             ),
-            unread=self._tracked.unread,
         )
 
     def sent(self, sequence: int, receipts: Sequence[Receipt]) -> None:
@@ -163,8 +163,7 @@ class BitmapSource:
 
     def settle(self) -> None:
         """All that was marked at submission up to the last swap was read after it had completed."""
-        self._tracked.unaudited[:] = 0
-        self._tracked.facts.is_unsettled = 0
+        self._tracked.settle()
         self._rebase()
         self._tracked.write_facts()
 
@@ -238,4 +237,4 @@ class BitmapSource:
             if lost is not None:
                 self._tracked.lose(lost)
             elif is_needed:
-                self._tracked.pending[:] |= self._tracked.unaudited
+                self._tracked.read_again()

@@ -18,7 +18,7 @@ import numpy
 from mobility_agent.core.change_sets import Change, FramePacker
 from mobility_agent.core.write_audit import RoundObservation, why_not_still
 from mobility_agent.ports import SourceDisk
-from mobility_agent.tracking.block_bits import WINDOW_BYTES, Bits, Mask, bits_like, join_bits
+from mobility_agent.tracking.block_bits import WINDOW_BYTES, Mask, bits_like, mark_areas
 from mobility_agent.tracking.change_source import Promise, RoundEnd, SourceFrame
 from mobility_agent.tracking.digest_file import DigestFile
 from mobility_agent.tracking.followed_disk import Counters, FollowedDisk, Marks
@@ -92,21 +92,19 @@ class BitmapRound:
         *,
         first_bytes: int,
         begin: RoundBegin,
-        unread: Bits,
     ) -> None:
-        """unread: the pending blocks that were just discarded: they go out as that."""
         self.read_bytes = 0
         self._owner = owner
         self._source = source
         self._digests = digests
         self._tracked = tracked
         self._layout = tracked.layout
+        self._areas = tracked.areas
         self._begin = begin
-        self._wanted = bits_like(tracked.pending)
-        join_bits(self._wanted, tracked.pending)
-        self._unread = unread
-        self._has_unread = bool(unread.any())
-        self._windows = self._layout.marked_windows(self._wanted, first_bytes=first_bytes).tolist()
+        self._taken = bits_like(tracked.unaudited)
+        """Areas with a block that this round takes."""
+        self._has_unread = bool(tracked.unread.any())
+        self._windows = self._layout.marked_windows(tracked.pending, first_bytes=first_bytes).astype(numpy.uint32)
         self._next = 0
         self._compared_to_bytes = first_bytes
         self._is_given_up = False
@@ -172,8 +170,8 @@ class BitmapRound:
         missed = self._tracked.read_audit().missed_submissions - before.missed_submissions
         return RoundObservation(
             was_quiet=before.was_quiet,
-            rewritten_blocks=sum(
-                self._layout.count_common(self._wanted, self._tracked.in_use(kind))
+            rewritten_areas=sum(
+                self._layout.count_common(self._taken, self._tracked.in_use(kind))
                 for kind in (Marks.SUBMISSION, Marks.DISCARDED)
             ),
             foreign_completions=now.foreign - before.counters.foreign,
@@ -188,11 +186,13 @@ class BitmapRound:
 
     def _compare(self, buffer: memoryview) -> _Finding:
         """Reads what is marked of the next window."""
-        window = self._windows[self._next]
+        window = int(self._windows[self._next])
         first = window * WINDOW_BYTES
         length = min(WINDOW_BYTES, self._layout.size_bytes - first)
-        pending = self._layout.mask_of(self._wanted, window)
-        unread = pending & self._layout.mask_of(self._unread, window) if self._has_unread else None
+        pending = self._layout.mask_of(self._tracked.pending, window)
+        unread = pending & self._unread(window) if self._has_unread else None
+        # why: before it is read: what is submitted to from the swap on and lies in one of these was perhaps read
+        mark_areas(self._areas.window_of(self._taken, window), pending, self._tracked.blocks_per_area)
         marked = pending if unread is None else pending & ~unread
         read = self._read(first, length, ranges(marked), buffer)
         self._next += 1
@@ -209,6 +209,10 @@ class BitmapRound:
         if changes:
             receipt.sent.append((window, sent))
         return _Finding(changes=changes, receipt=receipt, raw_bytes=sum(change.raw_bytes for change in changes))
+
+    def _unread(self, window: int) -> Mask:
+        """The blocks of the window that go out as discarded."""
+        return self._areas.mask_of(self._tracked.unread, window).repeat(self._tracked.blocks_per_area)
 
     def _read(
         self, first_bytes: int, length_bytes: int, marked: list[tuple[int, int]], buffer: memoryview

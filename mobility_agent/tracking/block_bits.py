@@ -1,12 +1,15 @@
 """Bits of blocks in shared memory: which blocks of a disk are marked, window by window.
 
 A window is as long as a frame. Bit n of the little-endian words says of block n; blocks are of a size that divides a
-digest block, so that a window is a whole number of bytes.
+digest block, so that a window is a whole number of bytes. What needs to be known less exactly is marked by area: an
+area is one block or several, and at most a digest block.
 """
 
 from __future__ import annotations
 
+import functools
 import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,7 +22,11 @@ from protocol.vocabulary import DIGEST_BLOCK_BYTES, FRAME_RAW_BYTES_MAX
 WINDOW_BYTES: Final = FRAME_RAW_BYTES_MAX
 BLOCK_BYTES_MIN: Final = 4096
 MAP_BYTES_WANTED: Final = 8 * 2**20
-"""A map larger than this gets larger blocks instead, up to a digest block: eight maps a disk stay in memory."""
+"""A map larger than this gets larger blocks instead, up to a digest block: a disk's maps stay in memory."""
+AREA_MAP_BYTES_WANTED: Final = 2**19
+"""The same of the maps of areas."""
+ROWS_MAX: Final = 2**16
+"""Bytes of a map of areas that are dealt with at a time: what that takes beside the maps stays below 10 MiB."""
 
 Bits = numpy.typing.NDArray[numpy.uint8]
 Mask = numpy.typing.NDArray[numpy.bool_]
@@ -33,11 +40,16 @@ class BlockLayout:
     block_bytes: int
 
     @staticmethod
-    def of(size_bytes: int) -> BlockLayout:
+    def of(size_bytes: int, *, map_bytes_wanted: int = MAP_BYTES_WANTED) -> BlockLayout:
         block_bytes = BLOCK_BYTES_MIN
-        while block_bytes < DIGEST_BLOCK_BYTES and size_bytes // block_bytes // 8 > MAP_BYTES_WANTED:
+        while block_bytes < DIGEST_BLOCK_BYTES and size_bytes // block_bytes // 8 > map_bytes_wanted:
             block_bytes *= 2
         return BlockLayout(size_bytes=size_bytes, block_bytes=block_bytes)
+
+    @staticmethod
+    def of_areas(size_bytes: int) -> BlockLayout:
+        """No finer than of(): its blocks are that one's areas."""
+        return BlockLayout.of(size_bytes, map_bytes_wanted=AREA_MAP_BYTES_WANTED)
 
     @property
     def blocks(self) -> int:
@@ -91,6 +103,13 @@ class BlockLayout:
         view = self.window_of(bits, window)
         view &= ~numpy.packbits(mask, bitorder="little")
 
+    def cut(self, bits: Bits) -> None:
+        """Clears what is marked behind the disk's end."""
+        end_byte = -(-self.blocks // 8)
+        bits[end_byte:] = 0
+        if self.blocks % 8:
+            bits[end_byte - 1] &= (1 << self.blocks % 8) - 1
+
     def count_common(self, one: Bits, other: Bits) -> int:
         """Blocks that are marked in both. The first may not be marked meanwhile."""
         marked = numpy.flatnonzero(one)
@@ -113,6 +132,49 @@ def marked_words(bits: Bits) -> numpy.typing.NDArray[numpy.int64]:
     """The numbers of the words of 64 bits with a mark."""
     # why: numpy counts first and collects then, and raises if the kernel has marked more in between
     return numpy.flatnonzero(bits.view("<u8") != 0)
+
+
+def join_areas(bits: Bits, areas: Bits, blocks_per_area: int) -> None:
+    """Marks in `bits` each block of an area that is marked in `areas`."""
+    table, blocks = _blocks_of(blocks_per_area), bits.reshape(-1, blocks_per_area)
+    for rows in _rows(areas):
+        blocks[rows] |= table[areas[rows]]
+
+
+def join_within(bits: Bits, more: Bits, areas: Bits, blocks_per_area: int) -> None:
+    """Marks in `bits` what is marked in `more` and lies in an area that is marked in `areas`."""
+    table = _blocks_of(blocks_per_area)
+    blocks, others = bits.reshape(-1, blocks_per_area), more.reshape(-1, blocks_per_area)
+    for rows in _rows(areas):
+        blocks[rows] |= others[rows] & table[areas[rows]]
+
+
+def leave_areas(areas: Bits, bits: Bits, blocks_per_area: int) -> None:
+    """Takes the areas out of `areas` in which a block is marked in `bits`."""
+    blocks = bits.reshape(-1, blocks_per_area)
+    for rows in _rows(areas):
+        marked = numpy.unpackbits(blocks[rows], axis=1, bitorder="little").reshape(len(rows), 8, blocks_per_area)
+        areas[rows] &= ~numpy.packbits(marked.any(axis=2), axis=1, bitorder="little")[:, 0]
+
+
+def mark_areas(areas: Bits, mask: Mask, blocks_per_area: int) -> None:
+    """Marks in `areas`, which are those of one window, the areas of the blocks that the mask names."""
+    areas |= numpy.packbits(mask.reshape(-1, blocks_per_area).any(axis=1), bitorder="little")
+
+
+@functools.cache
+def _blocks_of(blocks_per_area: int) -> Bits:
+    """For each byte of a map of areas the bytes of the blocks in them."""
+    areas = numpy.unpackbits(numpy.arange(256, dtype=numpy.uint8)[:, None], axis=1, bitorder="little")
+    return numpy.packbits(areas.repeat(blocks_per_area, axis=1), axis=1, bitorder="little")
+
+
+def _rows(areas: Bits) -> Iterator[numpy.typing.NDArray[numpy.int64]]:
+    """The numbers of the bytes with a mark, so many at a time."""
+    # why != 0: see marked_words
+    marked = numpy.flatnonzero(areas != 0)
+    for first in range(0, len(marked), ROWS_MAX):
+        yield marked[first : first + ROWS_MAX]
 
 
 def _mark_range(bits: Bits, first: int, end: int) -> None:

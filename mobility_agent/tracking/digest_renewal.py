@@ -14,7 +14,7 @@ from typing import Final
 
 from mobility_agent.core.write_audit import AuditBase
 from mobility_agent.ports import SourceDisk
-from mobility_agent.tracking.block_bits import WINDOW_BYTES
+from mobility_agent.tracking.block_bits import WINDOW_BYTES, Bits, BlockLayout
 from mobility_agent.tracking.digest_file import PAGE_ENTRIES, DigestFile
 from mobility_agent.tracking.followed_disk import FollowedDisk
 from protocol.vocabulary import DIGEST_BLOCK_BYTES
@@ -80,10 +80,12 @@ class DigestRenewal:
 
     def _is_marked(self, block: int) -> bool:
         window, place = divmod(block * DIGEST_BLOCK_BYTES, WINDOW_BYTES)
-        layout = self._tracked.layout
-        first = place // layout.block_bytes
-        blocks = slice(first, first + layout.digest_blocks)
-        return any(layout.mask_of(bits, window)[blocks].any() for bits in self._tracked.all_maps())
+
+        def is_in(layout: BlockLayout, bits: Bits) -> bool:
+            first = place // layout.block_bytes
+            return bool(layout.mask_of(bits, window)[first : first + layout.digest_blocks].any())
+
+        return any(is_in(layout, bits) for layout, bits in self._tracked.all_maps())
 
     def _has_all_been_seen(self) -> bool:
         """Whether each write that can have been read was seen: none is in flight, and what has completed adds up."""

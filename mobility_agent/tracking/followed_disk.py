@@ -2,8 +2,10 @@
 
 - A block that was marked is in a map in use, in a retired map, or pending, until the agent takes it out of what is
   pending; never in none of them, whoever is killed when. Everything is pinned.
-- What is retired goes into `pending` (and, if marked at submission, into `unaudited`) before it is cleared.
-- Only the kernel writes to a map in use, and only the agent to the others.
+- Completions are marked by block, submissions and discards by area. What is retired goes into `pending` (or, if marked
+  at submission, into `unaudited`) before it is cleared.
+- Only the kernel writes to a map in use, and only the agent to the others. One that is free has no mark, but for those
+  that an agent left there that ended while it retired it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import mmap
 import os
 import struct
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
@@ -23,7 +26,16 @@ from mobility_agent.core.resync_cause import NAME_BYTES_MAX, ResyncCause
 from mobility_agent.core.write_audit import AuditBase, AuditReading
 from mobility_agent.tracking import bpf_calls
 from mobility_agent.tracking.abilities import block_device_directory
-from mobility_agent.tracking.block_bits import Bits, BlockLayout, bits_like, join_bits, marked_words
+from mobility_agent.tracking.block_bits import (
+    Bits,
+    BlockLayout,
+    bits_like,
+    join_areas,
+    join_bits,
+    join_within,
+    leave_areas,
+    marked_words,
+)
 
 CHUNK_BYTES: Final = 4096
 CHUNK_BLOCKS: Final = 8 * CHUNK_BYTES
@@ -38,12 +50,23 @@ _SECTORS_DISCARDED: Final = 13
 
 
 class Marks(enum.IntEnum):
-    """The kinds of maps in use, in the order in which they are swapped; the number is the programs' own."""
+    """The kinds of maps in use; the number is the programs' own."""
 
     COMPLETION = 0
+    """By block; the other two by area."""
     SUBMISSION = 1
     DISCARDED = 2
-    """What was discarded, at submission and at completion, and nothing else; the other two hold no discards."""
+    """Areas that were discarded as a whole, at submission and at completion, and nothing else; the other two hold none
+    of that."""
+
+
+SWAP_ORDER: Final = (Marks.COMPLETION, Marks.DISCARDED, Marks.SUBMISSION)
+"""A generation ends when the map of submissions is swapped. What completed or was discarded before was submitted
+before; a discard that is submitted in between belongs to the next round, to which it matters that it was one."""
+
+
+MapsInUse = dict[Marks, str]
+"""By name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +108,7 @@ class Facts:
     disk_sequence: int
     size_bytes: int
     block_bytes: int
+    area_bytes: int
     slot: int
     completed_ahead: int = 0
     submitted_ahead: int = 0
@@ -93,7 +117,7 @@ class Facts:
     beyond_end: int = 0
     never_completed: int = 0
     is_unsettled: int = 1
-    """What was marked at submission since the last clean audit may have been read too early: it is read again."""
+    """What is unaudited may have been read too early: it is read again."""
     resync_cause: str = ""
     """Why track of the disk was lost, until a new epoch was entered for it: everything is pending meanwhile."""
 
@@ -113,7 +137,7 @@ class Facts:
 
 
 _FACTS: Final = struct.Struct(f"<8s{len(fields(Facts)) - 1}q{NAME_BYTES_MAX}s")
-_FACTS_MAGIC: Final = b"FPTRACK4"
+_FACTS_MAGIC: Final = b"FPTRACK5"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,22 +157,20 @@ class FollowedDisk:
         """directory: where its maps are pinned; is_new: they are made there."""
         self.facts = facts
         self.layout = BlockLayout(size_bytes=facts.size_bytes, block_bytes=facts.block_bytes)
+        self.areas = BlockLayout(size_bytes=facts.size_bytes, block_bytes=facts.area_bytes)
         self._programs = programs
         self._maps: dict[str, _SharedMap] = {}
         self._forgiven: frozenset[ChangeInFlight] = frozenset()
-        self._written_last: Bits | None = None
-        """What was written in the generation before the one in use; None: perhaps everything."""
+        self._is_settled = False
         self.unread: Bits
-        """After swap(): the pending blocks of which all that is known is that they were discarded."""
-        chunks = -(-self.layout.windows * self.layout.window_blocks // CHUNK_BLOCKS) + 1
-        names = [_name(kind, parity) for kind in Marks for parity in (0, 1)] + ["pending", "unaudited"]
+        """After swap(): the pending areas of which all that is known is that they were discarded."""
         try:
-            for name in names:
+            for name, layout in _map_layouts(self.layout, self.areas).items():
+                chunks = -(-layout.windows * layout.window_blocks // CHUNK_BLOCKS) + 1
                 self._maps[name] = _SharedMap(directory / name, chunks=chunks, is_new=is_new)
             self._maps["facts"] = _SharedMap(directory / "facts", chunks=1, is_new=is_new)
-            self.unread = bits_like(self.pending)
+            self.unread = bits_like(self.unaudited)
             if is_new:
-                self._maps[_name(Marks.SUBMISSION, 1)].header[0] = 1
                 self.write_facts()
         except BaseException:
             self.close()
@@ -177,12 +199,17 @@ class FollowedDisk:
 
     @property
     def unaudited(self) -> Bits:
-        """Marked at submission by the retired generations since all was last known to be well."""
+        """Areas. What was submitted or discarded in the generation that ended last, and if not all was well then in
+        those before it as well, back to when it was."""
         return self._maps["unaudited"].bits
+
+    @property
+    def blocks_per_area(self) -> int:
+        return self.areas.block_bytes // self.layout.block_bytes
 
     def in_use(self, kind: Marks) -> Bits:
         """For looking only."""
-        return self._maps[_name(kind, self._parity_in_use(kind))].bits
+        return self._in_use(kind).bits
 
     def write_facts(self) -> None:
         *values, cause = (getattr(self.facts, field.name) for field in fields(Facts))
@@ -202,16 +229,19 @@ class FollowedDisk:
         self.write_facts()
         self.pending[:] = numpy.frombuffer(marks, numpy.uint8)
 
-    def all_maps(self) -> list[Bits]:
+    def all_maps(self) -> list[tuple[BlockLayout, Bits]]:
         """What is marked in none of them is in the ledger, and was not read too early."""
-        in_use_or_retired = (self._maps[_name(kind, parity)].bits for kind in Marks for parity in (0, 1))
-        return [self.pending, self.unaudited, *in_use_or_retired]
+        layouts = _map_layouts(self.layout, self.areas)
+        if not self.facts.is_unsettled:
+            del layouts["unaudited"]
+        return [(layout, self._maps[name].bits) for name, layout in layouts.items()]
 
     def all_marks(self) -> bytes:
-        """All that was marked and is not in the ledger yet, or may have been read too early."""
+        """All blocks that were marked and are not in the ledger yet, or may have been read too early."""
         found = bits_like(self.pending)
-        for bits in self.all_maps():
-            join_bits(found, bits)
+        for layout, bits in self.all_maps():
+            join_areas(found, bits, layout.block_bytes // self.layout.block_bytes)
+        self.layout.cut(found)
         return found.tobytes()
 
     def unplaced_changes(self, now: Counters) -> ResyncCause | None:
@@ -220,31 +250,69 @@ class FollowedDisk:
             return ResyncCause.COMMAND_PAST_BLOCK_LAYER
         return ResyncCause.WRITE_BEHIND_END if now.beyond_end > self.facts.beyond_end else None
 
-    def put_in_use(self) -> None:
-        """The maps that were in use before, or the first ones, for programs that know nothing of them yet."""
+    def maps_in_use(self, marks_in_use: int | None = None) -> MapsInUse:
+        """Where the programs mark, or those that this map of theirs is of; empty if they do not follow the disk."""
+        found: MapsInUse = {}
         for kind in Marks:
-            self._use(kind, self._parity_in_use(kind))
+            value = bpf_calls.lookup(marks_in_use or self._programs.marks_in_use, self._place(kind), value_bytes=4)
+            identifier = None if value is None else struct.unpack("<I", value)[0]
+            for name, shared in self._maps.items():
+                if shared.identifier == identifier:
+                    found[kind] = name
+        return found
+
+    def put_in_use(self, before: MapsInUse | None = None) -> None:
+        """Lets the programs mark where they mark already; else where others do; else in the first maps."""
+        used = (before or {}) | self.maps_in_use()
+        for kind in Marks:
+            name = used.setdefault(kind, self._free(kind, used.values()))
+            self._use(kind, self._maps[name])
 
     def adopt_retired(self) -> None:
         """Takes up what a predecessor may have retired and not yet put into what is pending."""
-        for kind in Marks:
-            self._retire(kind, 1 - self._parity_in_use(kind))
+        used = self.maps_in_use().values()
+        for name, layout in _map_layouts(self.layout, self.areas).items():
+            if name not in used and name not in ("pending", "unaudited"):
+                bits = self._maps[name].bits
+                # why: of which kind it was is not known: the worse is taken for what it was
+                join_areas(self.pending, bits, layout.block_bytes // self.layout.block_bytes)
+                if layout == self.areas:
+                    join_bits(self.unaudited, bits)
+                _clear(bits)
+        self.layout.cut(self.pending)
 
     def swap(self) -> int:
-        """Puts the other maps into use; all that was marked up to now is pending on return. Returns the parity of the
-        generation that ended: its changes may still be in flight."""
-        ended = self._parity_in_use(Marks.SUBMISSION)
-        written = bits_like(self.pending)
-        for kind in Marks:
-            parity = self._parity_in_use(kind)
-            self._use(kind, 1 - parity)
-            if kind is Marks.DISCARDED:
-                self.unread = self._only_discarded(self._maps[_name(kind, parity)].bits)
+        """Puts other maps into use; all that completed up to now is pending on return, and all that was discarded.
+        Returns the parity of the generation that ended: its changes may still be in flight."""
+        discarded, ended = bits_like(self.unaudited), 0
+        for kind in SWAP_ORDER:
+            retired, free = self._in_use(kind), self._maps[self._free(kind, self.maps_in_use().values())]
+            if kind is Marks.SUBMISSION:
+                free.parity = 1 - retired.parity
+            self._use(kind, free)
+            if kind is Marks.COMPLETION:
+                join_bits(self.pending, retired.bits)
+            elif kind is Marks.DISCARDED:
+                join_bits(discarded, retired.bits)
+                self._take_discarded(discarded)
             else:
-                join_bits(written, self._maps[_name(kind, parity)].bits)
-            self._retire(kind, parity)
-        self._written_last = written
+                ended = retired.parity
+                self._end_generation(retired.bits, discarded)
+            _clear(retired.bits)
         return ended
+
+    def take_late(self) -> None:
+        """Once the generation that ended is quiet: what of it completed only after the swap is pending too."""
+        join_within(self.pending, self.in_use(Marks.COMPLETION), self.unaudited, self.blocks_per_area)
+
+    def read_again(self) -> None:
+        """What is unaudited is pending again."""
+        self._make_pending(self.unaudited)
+
+    def settle(self) -> None:
+        """All that was submitted up to the last swap was read after it had completed."""
+        self.facts.is_unsettled = 0
+        self._is_settled = True
 
     def is_quiet(self, parity: int) -> bool:
         """Whether every change of the generations of this parity, none of which is in use, has completed."""
@@ -268,7 +336,7 @@ class FollowedDisk:
     def wait_for_older(self, *, seconds_max: float) -> bool:
         """Before swap(): whether all generations before the one in use became quiet in time. After it, what of them is
         still in flight cannot be told from the changes of the generation that begins: they share its parity."""
-        return self.wait_until_quiet(1 - self._parity_in_use(Marks.SUBMISSION), seconds_max=seconds_max)
+        return self.wait_until_quiet(1 - self._in_use(Marks.SUBMISSION).parity, seconds_max=seconds_max)
 
     def changes_in_flight(self) -> frozenset[ChangeInFlight]:
         """As of about now, but for those that were forgiven."""
@@ -323,39 +391,43 @@ class FollowedDisk:
         found = (self._sysfs / "stat").read_text(encoding="ascii").split()
         return int(found[_SECTORS_WRITTEN]) + int(found[_SECTORS_DISCARDED])
 
-    def _parity_in_use(self, kind: Marks) -> int:
-        value = bpf_calls.lookup(self._programs.marks_in_use, self._place(kind), value_bytes=4)
-        if value is None:
-            return 0
-        return int(struct.unpack("<I", value)[0] == self._maps[_name(kind, 1)].identifier)
+    def _in_use(self, kind: Marks) -> _SharedMap:
+        return self._maps[self.maps_in_use()[kind]]
 
-    def _use(self, kind: Marks, parity: int) -> None:
-        descriptor = self._maps[_name(kind, parity)].descriptor
-        bpf_calls.update(self._programs.marks_in_use, self._place(kind), struct.pack("<I", descriptor))
+    def _free(self, kind: Marks, used: Collection[str]) -> str:
+        """The first map for such marks that is not used."""
+        wanted = self.layout if kind is Marks.COMPLETION else self.areas
+        layouts = _map_layouts(self.layout, self.areas)
+        return next(name for name, one in layouts.items() if one == wanted and name[-1].isdigit() and name not in used)
 
-    def _only_discarded(self, discarded: Bits) -> Bits:
-        """Of what was discarded in the generation that ended, whose other marks are pending: what was neither pending
-        nor written in it or the one before.
+    def _use(self, kind: Marks, shared: _SharedMap) -> None:
+        bpf_calls.update(self._programs.marks_in_use, self._place(kind), struct.pack("<I", shared.descriptor))
 
-        A write that was under way at the same time as the discard may lie in that one. What was written earlier had
-        completed before the discard was submitted.
-        """
-        found = bits_like(discarded)
-        if self._written_last is not None:
-            marked = marked_words(discarded)
-            others = self.pending, self.unaudited, self._written_last
-            left = discarded.view("<u8")[marked]
-            for other in others:
-                left &= ~other.view("<u8")[marked]
-            found.view("<u8")[marked] = left
-        return found
+    def _make_pending(self, areas: Bits) -> None:
+        join_areas(self.pending, areas, self.blocks_per_area)
+        self.layout.cut(self.pending)
 
-    def _retire(self, kind: Marks, parity: int) -> None:
-        bits = self._maps[_name(kind, parity)].bits
-        join_bits(self.pending, bits)
-        if kind is not Marks.COMPLETION:
-            join_bits(self.unaudited, bits)
-        bits.view("<u8")[marked_words(bits)] = 0
+    def _take_discarded(self, discarded: Bits) -> None:
+        """Makes pending what was discarded in the generation that is about to end, and keeps in `unread` where nothing
+        else was pending. What it submitted besides is not known yet."""
+        self.unread = bits_like(discarded)
+        join_bits(self.unread, discarded)
+        leave_areas(self.unread, self.pending, self.blocks_per_area)
+        self._make_pending(discarded)
+
+    def _end_generation(self, submitted: Bits, discarded: Bits) -> None:
+        """What it submitted is unaudited; and no more what was before it, if that is known to be well."""
+        # why: a write that was under way at the same time as a discard may lie in this generation or the one before.
+        # What was written earlier had completed before the discard was submitted.
+        for written in (submitted, self.unaudited):
+            marked = marked_words(self.unread)
+            self.unread.view("<u8")[marked] &= ~written.view("<u8")[marked]
+        if self._is_settled:
+            self.unaudited[:] = submitted
+        else:
+            join_bits(self.unaudited, submitted)
+        join_bits(self.unaudited, discarded)
+        self._is_settled = False
 
     def _place(self, kind: Marks) -> bytes:
         return struct.pack("<I", len(Marks) * self.facts.slot + kind)
@@ -393,9 +465,15 @@ class _SharedMap:
         return self._bytes[CHUNK_BYTES:]
 
     @property
-    def header(self) -> Bits:
+    def parity(self) -> int:
+        """Of the generation whose submissions are marked in it, as the programs read it."""
         assert self._bytes is not None
-        return self._bytes[:CHUNK_BYTES]
+        return int(self._bytes[0]) & 1
+
+    @parity.setter
+    def parity(self, parity: int) -> None:
+        assert self._bytes is not None
+        self._bytes[0] = parity
 
     def close(self) -> None:
         # why: the mapping itself goes with the last array that looks into it; a round may still hold one.
@@ -403,8 +481,15 @@ class _SharedMap:
         os.close(self.descriptor)
 
 
-def _name(kind: Marks, parity: int) -> str:
-    return f"{kind.name.lower()}_{parity}"
+def _clear(bits: Bits) -> None:
+    bits.view("<u8")[marked_words(bits)] = 0
+
+
+def _map_layouts(blocks: BlockLayout, areas: BlockLayout) -> dict[str, BlockLayout]:
+    """What is marked in each map. Those with a number take turns at being marked in: one of each layout is free."""
+    by_area = ("areas_0", "areas_1", "areas_2")
+    by_block = ("blocks_0",) if areas == blocks else ("blocks_0", "blocks_1")
+    return dict.fromkeys((*by_block, "pending"), blocks) | dict.fromkeys((*by_area, "unaudited"), areas)
 
 
 def possible_processors() -> int:

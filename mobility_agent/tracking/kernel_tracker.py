@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -19,15 +20,15 @@ from mobility_agent.tracking import bpf_calls
 from mobility_agent.tracking.abilities import block_device_directory
 from mobility_agent.tracking.block_bits import BlockLayout
 from mobility_agent.tracking.bpf_skeleton import Skeleton, load, shipped_skeleton
-from mobility_agent.tracking.followed_disk import Facts, FollowedDisk, Marks, ProgramMaps
+from mobility_agent.tracking.followed_disk import Facts, FollowedDisk, MapsInUse, Marks, ProgramMaps
 from protocol.vocabulary import DiskId
 
 FOLLOWED_DISKS_MAX: Final = 64
 """The programs' own limit."""
 UNFINISHED: Final = "_new"
 SUBMISSION_PROGRAM: Final = "mark_submitted"
-_FOLLOWED: Final = struct.Struct("<IIIxxxxQ")
-"""Device, slot, sectors per block as a power of two, blocks."""
+_FOLLOWED: Final = struct.Struct("<IIIIQQ")
+"""Device, slot, sectors per block and per area as powers of two, blocks, areas."""
 _PLACES: Final = 1024
 _PLACES_TRIED: Final = 4
 _GOLDEN_RATIO: Final = 0x9E3779B9
@@ -127,7 +128,9 @@ class KernelTracker:
             elif older and not self._is_followed(facts) and _disk_sequence(facts.device) == facts.disk_sequence:
                 found = FollowedDisk(place, self._programs, facts, is_new=False)
                 try:
-                    self._start(found)
+                    before = _marked_in(found, older)
+                    if before.keys() == set(Marks):
+                        self._start(found, before=before)
                 finally:
                     found.close()
         for place in older:
@@ -160,6 +163,7 @@ class KernelTracker:
             disk_sequence=_disk_sequence(device),
             size_bytes=size_bytes,
             block_bytes=BlockLayout.of(size_bytes).block_bytes,
+            area_bytes=BlockLayout.of_areas(size_bytes).block_bytes,
             slot=slot,
         )
         place = self._disks / f"{disk}{UNFINISHED}"
@@ -172,10 +176,10 @@ class KernelTracker:
         os.rename(place, self._disks / disk)
         return made
 
-    def _start(self, disk: FollowedDisk) -> None:
-        """From now on the programs mark for it."""
+    def _start(self, disk: FollowedDisk, *, before: MapsInUse | None = None) -> None:
+        """From now on the programs mark for it. before: where an older version's go on marking for a while."""
         facts = disk.facts
-        disk.put_in_use()
+        disk.put_in_use(before)
         number = _kernel_number(facts.device)
         places = _places_of(number)
         free = next((place for place in places if self._followed_at(place)[0] in (0, number)), None)
@@ -183,7 +187,8 @@ class KernelTracker:
             raise OSError("too many disks whose device numbers lead to the same place are tracked")
         # why: a program may look at it while it is copied; its device comes last, and goes first.
         for device in (0, number):
-            followed = _FOLLOWED.pack(device, facts.slot, disk.layout.sectors_shift, disk.layout.blocks)
+            shifts = disk.layout.sectors_shift, disk.areas.sectors_shift
+            followed = _FOLLOWED.pack(device, facts.slot, *shifts, disk.layout.blocks, disk.areas.blocks)
             bpf_calls.update(self._descriptors["followed_disks"], struct.pack("<I", free), followed)
         counters = disk.counters()
         facts.pass_through, facts.beyond_end = counters.pass_through, counters.beyond_end
@@ -204,7 +209,7 @@ class KernelTracker:
         value = bpf_calls.lookup(
             self._descriptors["followed_disks"], struct.pack("<I", place), value_bytes=_FOLLOWED.size
         )
-        device, slot, _, _ = _FOLLOWED.unpack(value or bytes(_FOLLOWED.size))
+        device, slot, *_ = _FOLLOWED.unpack(value or bytes(_FOLLOWED.size))
         return device, slot
 
     def _leave(self, place: int) -> None:
@@ -218,6 +223,8 @@ class KernelTracker:
         place = self._disks / disk
         facts = FollowedDisk.read_facts(place)
         if facts is not None:
+            # why: whoever is killed in the midst of this leaves nothing that tracking seems to have gone on for
+            (place / "facts").unlink()
             # why: its number may have come to mean another disk, which is followed by it now
             followed_at = self._place_of(facts)
             if followed_at is not None:
@@ -225,6 +232,18 @@ class KernelTracker:
             for kind in Marks:
                 bpf_calls.delete(self._descriptors["marks_in_use"], struct.pack("<I", len(Marks) * facts.slot + kind))
         remove_pins(place)
+
+
+def _marked_in(disk: FollowedDisk, programs: Iterable[Path]) -> MapsInUse:
+    """Where these programs, by their directories, mark for the disk."""
+    found: MapsInUse = {}
+    for place in programs:
+        descriptor = bpf_calls.get_pinned(str(place / "marks_in_use"))
+        try:
+            found |= disk.maps_in_use(descriptor)
+        finally:
+            os.close(descriptor)
+    return found
 
 
 def remove_pins(place: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from _pytest.runner import runtestprotocol
 
+from mobility_agent.tracking import block_bits
 from tests.live.block_devices import bpf_file_system, loop_device, zram_device
 from tests.live.tracked import MIB, TrackedDisk
 
@@ -45,15 +46,23 @@ def pins(tmp_path: Path) -> Iterator[Path]:
         yield directory
 
 
+@pytest.fixture(params=[4096, 16384, 65536], ids=lambda area_bytes: f"areas-of-{area_bytes}")
+def area_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Every disk has the areas of a large one."""
+    area_bytes: int = request.param
+    monkeypatch.setattr(block_bits, "AREA_MAP_BYTES_WANTED", SIZE_BYTES // area_bytes // 8)
+    return area_bytes
+
+
 @pytest.fixture
-def tracked(tmp_path: Path, pins: Path) -> Iterator[TrackedDisk]:
+def tracked(tmp_path: Path, pins: Path, area_bytes: int) -> Iterator[TrackedDisk]:
     """A loop device after its first round."""
     with loop_device(tmp_path / "disk.img", size_bytes=SIZE_BYTES) as device:
         yield from _after_first_round(TrackedDisk(device, tmp_path / "state", pins))
 
 
 @pytest.fixture
-def tracked_by_bios(tmp_path: Path, pins: Path) -> Iterator[TrackedDisk]:
+def tracked_by_bios(tmp_path: Path, pins: Path, area_bytes: int) -> Iterator[TrackedDisk]:
     """The same with a driver that takes bios."""
     with zram_device(size_bytes=SIZE_BYTES) as device:
         yield from _after_first_round(TrackedDisk(device, tmp_path / "state", pins))

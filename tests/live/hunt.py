@@ -17,11 +17,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 from mobility_agent.core.write_audit import AuditFinding
 from mobility_agent.errors import ResyncNeeded
-from mobility_agent.tracking import bitmap, bpf_calls
-from mobility_agent.tracking.change_source import Promise, Round
+from mobility_agent.tracking import bitmap, block_bits, bpf_calls
+from mobility_agent.tracking.bitmap_round import BitmapRound
+from mobility_agent.tracking.block_bits import bits_like, join_areas
+from mobility_agent.tracking.change_source import Promise
 from mobility_agent.tracking.followed_disk import FollowedDisk, Marks
 from tests.live.block_devices import (
     bpf_file_system,
@@ -38,6 +41,7 @@ from tests.live.writers import fio_writing, writing
 SIZE_BYTES: Final = 24 * MIB
 WRITING_SECONDS: Final = 1.5
 WRITERS: Final = 3
+AREA_MAP_SIZES: Final = (0, 2**8, 2**19)
 KILL_CHANCE: Final = 0.15
 BLIND_CHANCE: Final = 0.2
 POINT_CHANCE: Final = 0.5
@@ -192,7 +196,9 @@ def hunt_once(name: str, seed: int, found: Found, plant: Callable[[TrackedDisk],
         at = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="farpoint-live-")))
         pins = stack.enter_context(bpf_file_system(at / "bpf"))
         device, used = stack.enter_context(device_of(kind, at))
-        tracked = TrackedDisk(device, at / "state", pins)
+        # why: what a large disk marks by area is seen on a small one too
+        with patch.object(block_bits, "AREA_MAP_BYTES_WANTED", draw.choice(AREA_MAP_SIZES)):
+            tracked = TrackedDisk(device, at / "state", pins)
         stack.callback(tracked.close)
         plant(tracked)
         hunted = Hunted(tracked, draw, found, kind)
@@ -228,15 +234,16 @@ def hunt_once(name: str, seed: int, found: Found, plant: Callable[[TrackedDisk],
 def mark_at_submission_only(tracked: TrackedDisk) -> None:
     """And take each mark for a write that has landed."""
     _patch(FollowedDisk, "wait_until_quiet", lambda self, parity, seconds_max: True)
-    original = FollowedDisk._retire
+    original = FollowedDisk.swap
 
-    def retire(self: FollowedDisk, kind: Marks, parity: int) -> None:
-        if kind is Marks.COMPLETION:
-            self._maps[f"completion_{parity}"].bits[:] = 0
-        else:
-            original(self, kind, parity)
+    def swap(self: FollowedDisk) -> int:
+        self.in_use(Marks.COMPLETION)[:] = 0
+        ended = original(self)
+        self.read_again()
+        return ended
 
-    _patch(FollowedDisk, "_retire", retire)
+    _patch(FollowedDisk, "swap", swap)
+    _patch(FollowedDisk, "take_late", lambda self: None)
 
 
 def clear_words_in_place(tracked: TrackedDisk) -> None:
@@ -244,12 +251,12 @@ def clear_words_in_place(tracked: TrackedDisk) -> None:
     _patch(FollowedDisk, "wait_until_quiet", lambda self, parity, seconds_max: True)
 
     def swap(self: FollowedDisk) -> int:
-        maps = [self.in_use(kind).view("<u8") for kind in Marks]
-        taken = [words.copy() for words in maps]
+        maps = [self.in_use(kind) for kind in Marks]
+        taken = [bits.copy() for bits in maps]
         time.sleep(LARGE_COPY_SECONDS)
-        for words, found in zip(maps, taken, strict=True):
-            self.pending.view("<u8")[:] |= found
-            words[found != 0] = 0
+        for kind, bits, found in zip(Marks, maps, taken, strict=True):
+            join_areas(self.pending, found, 1 if kind is Marks.COMPLETION else self.blocks_per_area)
+            bits.view("<u8")[found.view("<u8") != 0] = 0
         return 0
 
     _patch(FollowedDisk, "swap", swap)
@@ -271,16 +278,30 @@ def read_through_the_page_cache(tracked: TrackedDisk) -> None:
 
 
 def forget_the_retired_map_early(tracked: TrackedDisk) -> None:
-    """As soon as a round has begun, though nothing of it has reached anybody."""
-    original = bitmap.BitmapSource.begin_round
+    """As soon as a round has begun, though nothing of it has reached anybody. The round itself still knows."""
+    begin, original, taken = (
+        bitmap.BitmapSource.begin_round,
+        BitmapRound._compare,
+        bits_like(tracked.source._tracked.pending),
+    )
 
-    def begin_round(self: bitmap.BitmapSource, *, first_bytes: int) -> Round:
-        begun = original(self, first_bytes=first_bytes)
+    def begin_round(self: bitmap.BitmapSource, *, first_bytes: int) -> BitmapRound:
+        begun = begin(self, first_bytes=first_bytes)
+        taken[:] = self._tracked.pending
         self._tracked.pending[:] = 0
         self._tracked.unaudited[:] = 0
         return begun
 
+    def compare(self: BitmapRound, buffer: memoryview) -> Any:
+        window = int(self._windows[self._next])
+        pending = self._layout.window_of(self._tracked.pending, window)
+        pending[:] = self._layout.window_of(taken, window)
+        found = original(self, buffer)
+        pending[:] = 0
+        return found
+
     _patch(bitmap.BitmapSource, "begin_round", begin_round)
+    _patch(BitmapRound, "_compare", compare)
 
 
 FAULTS: Final[dict[str, tuple[str, Callable[[TrackedDisk], None]]]] = {

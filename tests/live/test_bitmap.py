@@ -149,8 +149,8 @@ def discard(device: Path, offset: int, length: int) -> None:
     run("blkdiscard", "--offset", offset, "--length", length, device)
 
 
-def test_what_was_written_after_a_discard_is_read(tracked: TrackedDisk) -> None:
-    """Also before it: in which of both orders they came cannot be told from marks."""
+def test_what_was_written_after_a_discard_is_read(tracked: TrackedDisk, area_bytes: int) -> None:
+    """Also before it: in which of both orders they came cannot be told from marks. Nor where in the area."""
     for offset in (0, 2 * MIB):
         write(tracked.device, offset, os.urandom(MIB))
     settle(tracked)
@@ -159,7 +159,7 @@ def test_what_was_written_after_a_discard_is_read(tracked: TrackedDisk) -> None:
     write(tracked.device, 2 * MIB, os.urandom(BLOCK))
     discard(tracked.device, 2 * MIB, MIB)
     told = tracked.round()
-    assert told.sent_bytes == BLOCK
+    assert told.sent_bytes == area_bytes
     assert tracked.differing_blocks() == []
     write(tracked.device, 8 * BLOCK, os.urandom(BLOCK))
     assert tracked.round().sent_bytes == BLOCK
@@ -173,6 +173,19 @@ def test_a_discard_of_a_part_of_a_block_leaves_its_rest(tracked: TrackedDisk) ->
     tracked.round()
     assert tracked.differing_blocks() == []
     assert tracked.copy[:512] != bytes(512)
+
+
+@pytest.mark.parametrize("first", [0, 512, 15 * BLOCK, 16 * BLOCK - 512, 16 * BLOCK])
+@pytest.mark.parametrize("length", [512, 16 * BLOCK, 17 * BLOCK, 40 * BLOCK + 512])
+def test_a_discard_takes_what_it_covers_and_nothing_beside_it(tracked: TrackedDisk, first: int, length: int) -> None:
+    contents = bytearray(os.urandom(MIB))
+    write(tracked.device, 0, bytes(contents))
+    settle(tracked)
+    discard(tracked.device, first, length)
+    assert tracked.round().end.promise is Promise.COPY_IN_VALIDATED
+    contents[first : first + length] = bytes(length)
+    assert tracked.copy[:MIB] == contents
+    assert tracked.differing_blocks() == []
 
 
 def test_an_unsent_write_under_a_discard_is_read(tracked: TrackedDisk) -> None:
@@ -190,7 +203,7 @@ def test_a_write_into_the_round_unsettles_it_and_goes_out_in_the_next(tracked: T
     write(tracked.device, MIB, os.urandom(BLOCK))
     told = tracked.finish(current)
     assert told.end.promise is Promise.COPY_IN_FUZZY
-    assert told.end.reason == "1 blocks were written again while they were read"
+    assert told.end.reason == "1 areas were written again while they were read"
     assert tracked.round().end.promise is Promise.COPY_IN_VALIDATED
     assert tracked.differing_blocks() == []
 
@@ -301,11 +314,11 @@ def test_an_agent_that_ends_within_a_round_loses_nothing_of_it(tracked: TrackedD
     assert tracked.differing_blocks() == []
 
 
-def test_an_agent_that_ends_while_it_retires_a_map_loses_nothing_of_it(tracked: TrackedDisk) -> None:
+@pytest.mark.parametrize("kind", Marks)
+def test_an_agent_that_ends_while_it_retires_a_map_loses_nothing_of_it(tracked: TrackedDisk, kind: Marks) -> None:
     write(tracked.device, 3 * MIB, os.urandom(MIB))
     maps = tracked.source._tracked
-    maps._retire = lambda kind, parity: None  # type: ignore[method-assign]
-    maps.swap()
+    maps._use(kind, maps._maps[maps._free(kind, maps.maps_in_use().values())])
     tracked.close()
     tracked.open()
     assert tracked.round().sent_bytes == MIB
@@ -392,7 +405,7 @@ def attach(tracked: TrackedDisk, *programs: str) -> None:
 
 
 def test_a_write_whose_end_nobody_saw_is_read_each_round_until_it_is_given_up(
-    tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch
+    tracked: TrackedDisk, area_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detach(tracked, *COMPLETION)
     write(tracked.device, MIB, os.urandom(BLOCK))
@@ -400,10 +413,10 @@ def test_a_write_whose_end_nobody_saw_is_read_each_round_until_it_is_given_up(
     for _ in range(3):
         told = tracked.round()
         assert told.end.promise is Promise.COPY_IN_FUZZY
-        assert told.read_bytes == BLOCK, "it may have landed since it was read"
+        assert told.read_bytes == area_bytes, "it may have landed since it was read"
     assert tracked.differing_blocks() == []
     monkeypatch.setattr(bitmap, "LEAK_SECONDS", -1.0)
-    assert tracked.round().read_bytes == BLOCK
+    assert tracked.round().read_bytes == area_bytes
     assert tracked.source._tracked.changes_in_flight() == frozenset()
     assert tracked.round().end.promise is Promise.COPY_IN_VALIDATED
     assert tracked.round().read_bytes == 0

@@ -17,7 +17,11 @@ from mobility_agent.tracking.block_bits import (
     WINDOW_BYTES,
     BlockLayout,
     bits_like,
+    join_areas,
     join_bits,
+    join_within,
+    leave_areas,
+    mark_areas,
 )
 from protocol.vocabulary import DIGEST_BLOCK_BYTES
 
@@ -88,6 +92,58 @@ def test_all_blocks_and_none_behind_them(size_bytes: int) -> None:
     layout = BlockLayout(size_bytes=size_bytes, block_bytes=BLOCK_BYTES_MIN)
     bits = empty(layout)
     layout.mark_all(bits)
+    assert marked(layout, bits) == set(range(layout.blocks))
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "area_bytes"), [(4096, 4096), (16 * GIB, 4096), (20 * GIB, 8192), (256 * GIB, 65536), (2**46, 65536)]
+)
+def test_areas_are_of_one_block_or_several(size_bytes: int, area_bytes: int) -> None:
+    assert BlockLayout.of_areas(size_bytes).block_bytes == area_bytes
+    assert area_bytes >= BlockLayout.of(size_bytes).block_bytes
+
+
+BLOCKS = st.sets(st.integers(0, 2047))
+
+
+def bits_of(marked: set[int], count: int = 2048) -> numpy.typing.NDArray[numpy.uint8]:
+    mask = numpy.zeros(count, bool)
+    mask[list(marked)] = True
+    return numpy.packbits(mask, bitorder="little")
+
+
+def numbers(bits: numpy.typing.NDArray[numpy.uint8]) -> set[int]:
+    return set(numpy.flatnonzero(numpy.unpackbits(bits, bitorder="little")).tolist())
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4, 8, 16])
+@given(BLOCKS, BLOCKS, BLOCKS)
+def test_areas_and_blocks_are_what_sets_make_of_them(
+    ratio: int, blocks: set[int], others: set[int], marked: set[int]
+) -> None:
+    areas = {block // ratio for block in marked}
+    within = {block for block in range(2048) if block // ratio in areas}
+    kept = bits_of(areas, 2048 // ratio)
+    joined, cut = bits_of(blocks), bits_of(blocks)
+    join_areas(joined, kept, ratio)
+    join_within(cut, bits_of(others), kept, ratio)
+    assert numbers(joined) == blocks | within
+    assert numbers(cut) == blocks | others & within
+    left = kept.copy()
+    leave_areas(left, bits_of(blocks), ratio)
+    assert numbers(left) == areas - {block // ratio for block in blocks}
+    mask = numpy.zeros(2048, bool)
+    mask[list(blocks)] = True
+    mark_areas(kept, mask, ratio)
+    assert numbers(kept) == areas | {block // ratio for block in blocks}
+
+
+@given(st.integers(1, 2 * WINDOW_BYTES))
+def test_nothing_is_left_behind_the_end(size_bytes: int) -> None:
+    layout = BlockLayout(size_bytes=size_bytes, block_bytes=BLOCK_BYTES_MIN)
+    bits = empty(layout)
+    bits[:] = 0xFF
+    layout.cut(bits)
     assert marked(layout, bits) == set(range(layout.blocks))
 
 

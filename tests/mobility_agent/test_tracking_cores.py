@@ -137,7 +137,7 @@ def test_a_known_miss_of_a_submission_makes_a_miss_of_a_completion_one_of_an_unk
 
 STILL: dict[str, Any] = {
     "was_quiet": True,
-    "rewritten_blocks": 0,
+    "rewritten_areas": 0,
     "foreign_completions": 0,
     "untracked_submissions": 0,
     "missed_submissions": 0,

@@ -28,8 +28,9 @@ struct followed {
 	u32 device; /* 0: there is none at this place */
 	u32 slot;
 	u32 block_shift; /* sectors per block, as a power of two */
-	u32 unused;
+	u32 area_shift;	 /* and per area, which is one block or several */
 	u64 blocks;
+	u64 areas;
 };
 
 /* Of one disk, per processor. */
@@ -61,7 +62,8 @@ struct bucket {
 	struct change changes[BUCKET_CHANGES];
 };
 
-/* An inner map: chunk 0 says of which parity it is, chunk n + 1 holds the bits of blocks [n, n + 1) * CHUNK_BLOCKS. */
+/* An inner map: chunk 0 says of which parity it is, chunk n + 1 holds the bits of blocks [n, n + 1) * CHUNK_BLOCKS, or
+ * of areas. */
 struct chunk {
 	u64 words[CHUNK_BLOCKS / 64];
 };
@@ -118,8 +120,8 @@ struct marks {
 	MAP_UINT(value_size, sizeof(struct chunk));
 };
 
-/* Of each slot: what was changed otherwise than by a discard, marked at completion; the same, marked at submission; what
- * was discarded, marked at both times. */
+/* Of each slot: the blocks that were changed otherwise than by a discard, marked at completion; the areas with such
+ * blocks, marked at submission; the areas that were discarded as a whole, marked at both times. */
 #define AT_COMPLETION 0
 #define AT_SUBMISSION 1
 #define DISCARDED 2
@@ -162,7 +164,7 @@ struct marking {
 	u64 block, end;
 };
 
-/* Marks the blocks of one word. */
+/* Marks the blocks, or areas, of one word. */
 static long mark_next_word(u32 index, struct marking *marking)
 {
 	u64 block = marking->block, left, mask;
@@ -205,18 +207,21 @@ GLOBAL int count_beyond_end(u32 slot)
 	return 0;
 }
 
-/* Marks the blocks of a change of the disk at this place of followed_disks. */
+/* Marks the blocks, or areas, of a change of the disk at this place of followed_disks. */
 GLOBAL int mark(u32 place, u32 kind, u64 sector, u32 bytes)
 {
 	struct followed *disk = bpf_map_lookup_elem(&followed_disks, &place);
 	struct marking marking = {};
-	u64 end;
+	u64 end, last;
+	u32 shift;
 
 	if (!disk || !bytes)
 		return 0;
-	marking.block = sector >> disk->block_shift;
-	end = ((sector + ((bytes + 511) >> 9) - 1) >> disk->block_shift) + 1;
-	marking.end = end > disk->blocks ? disk->blocks : end;
+	shift = kind == AT_COMPLETION ? disk->block_shift : disk->area_shift;
+	last = kind == AT_COMPLETION ? disk->blocks : disk->areas;
+	marking.block = sector >> shift;
+	end = ((sector + ((bytes + 511) >> 9) - 1) >> shift) + 1;
+	marking.end = end > last ? last : end;
 	marking.marks = marks_of(disk->slot, kind);
 	if (!marking.marks) {
 		count_beyond_end(disk->slot);
@@ -229,20 +234,24 @@ GLOBAL int mark(u32 place, u32 kind, u64 sector, u32 bytes)
 	return 0;
 }
 
-/* A block of which a discard covers only a part is one that was written: the rest of it counts. */
+/* An area of which a discard covers only a part is one that was written: the rest of it counts. */
 GLOBAL int mark_discard(u32 place, u32 kind_of_written, u64 sector, u32 bytes)
 {
 	struct followed *disk = bpf_map_lookup_elem(&followed_disks, &place);
-	u64 end = sector + ((bytes + 511) >> 9), within;
+	u64 end = sector + ((bytes + 511) >> 9), within, first, last;
 
 	if (!disk)
 		return 0;
-	within = (1ULL << disk->block_shift) - 1;
-	mark(place, DISCARDED, sector, bytes);
-	if (sector & within)
-		mark(place, kind_of_written, sector, 512);
-	if (end & within)
-		mark(place, kind_of_written, end - 1, 512);
+	within = (1ULL << disk->area_shift) - 1;
+	first = (sector + within) & ~within;
+	last = end & ~within;
+	if (first >= last)
+		return mark(place, kind_of_written, sector, bytes);
+	mark(place, DISCARDED, first, (last - first) << 9);
+	if (sector < first)
+		mark(place, kind_of_written, sector, (first - sector) << 9);
+	if (last < end)
+		mark(place, kind_of_written, last, (end - last) << 9);
 	return 0;
 }
 
