@@ -31,20 +31,26 @@ class VaultKey:
         self._state = state
         self._executor = executor
         self._key: X25519PublicKey | None = None
+        self._asking = asyncio.Lock()
 
     async def get(self) -> X25519PublicKey:
         """Raises StoreFault or VaultFault if it was never known and the store does not give it, StateUnreadable."""
-        if self._key is None:
-            loop = asyncio.get_running_loop()
-            try:
-                data = await loop.run_in_executor(self._executor, self._load)
-                if data is None:
-                    data = (await self._archive.read_vault()).vault_key
-                    await loop.run_in_executor(self._executor, keep, self._state, VAULT_KEY_FILE, data)
-                self._key = X25519PublicKey.from_public_bytes(data)
-            except (OSError, ValueError) as error:
-                raise StateUnreadable(name=VAULT_KEY_FILE, reason=str(error)) from error
+        # why: disks that begin at once would write the one file at once
+        async with self._asking:
+            if self._key is None:
+                self._key = await self._ask()
         return self._key
+
+    async def _ask(self) -> X25519PublicKey:
+        loop = asyncio.get_running_loop()
+        try:
+            data = await loop.run_in_executor(self._executor, self._load)
+            if data is None:
+                data = (await self._archive.read_vault()).vault_key
+                await loop.run_in_executor(self._executor, keep, self._state, VAULT_KEY_FILE, data)
+            return X25519PublicKey.from_public_bytes(data)
+        except (OSError, ValueError) as error:
+            raise StateUnreadable(name=VAULT_KEY_FILE, reason=str(error)) from error
 
     def _load(self) -> bytes | None:
         try:

@@ -28,6 +28,7 @@ class Archive:
 
     async def read_vault(self) -> Any:
         self.reads += 1
+        await asyncio.sleep(0)
         if self.is_away:
             raise StoreUnavailable(url="file:///away", reason="away")
         return type("Description", (), {"vault_key": KEY.public_bytes_raw()})
@@ -62,6 +63,17 @@ def test_the_vaults_key_is_read_from_the_store_once_and_then_from_the_state(tmp_
     assert vault_key(archive, state) == KEY.public_bytes_raw()
     archive.is_away = True
     assert vault_key(archive, state) == KEY.public_bytes_raw()
+    assert archive.reads == 1
+
+
+async def test_disks_that_begin_at_once_keep_the_key_once(tmp_path: Path) -> None:
+    """Guest: two would write the one file, one of them found it gone, and its disk was refused."""
+    archive = Archive()
+    with ThreadPoolExecutor(4) as executor:
+        key = VaultKey(cast(Any, archive), LocalDirectory(tmp_path), executor)
+        async with asyncio.TaskGroup() as group:
+            found = [group.create_task(key.get()) for _ in range(8)]
+    assert {task.result().public_bytes_raw() for task in found} == {KEY.public_bytes_raw()}
     assert archive.reads == 1
 
 
