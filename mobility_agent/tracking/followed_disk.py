@@ -363,12 +363,13 @@ class FollowedDisk:
         sums = numpy.frombuffer(value, "<u8").reshape(-1, width // 8).sum(axis=0)
         return Counters(**{field.name: int(sums[index]) for index, field in enumerate(fields(Counters))})
 
-    def read_audit(self) -> AuditReading:
-        """The kernel's count first, the programs' second."""
-        kernel_sectors = self._kernel_sectors()
+    def read_audit(self, *, is_base: bool = False) -> AuditReading:
+        """The kernel's count first, the programs' second. For a base the other way round: what completes in between may
+        hide a miss until the next base, and is never told as one."""
+        before = self._kernel_sectors()
         counters = self.counters()
         return AuditReading(
-            kernel_sectors=kernel_sectors,
+            kernel_sectors=self._kernel_sectors() if is_base else before,
             completed_sectors=counters.completed_sectors,
             submitted_sectors=counters.submitted_sectors,
             missed_submissions=bpf_calls.recursion_misses(self._programs.submission_program),

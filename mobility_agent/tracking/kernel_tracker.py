@@ -193,7 +193,7 @@ class KernelTracker:
         counters = disk.counters()
         facts.pass_through, facts.beyond_end = counters.pass_through, counters.beyond_end
         facts.never_completed = counters.never_completed
-        facts.audit_base = AuditBase.of(disk.read_audit())
+        facts.audit_base = AuditBase.of(disk.read_audit(is_base=True))
         facts.is_unsettled = 1
         disk.write_facts()
 
