@@ -20,17 +20,18 @@ class FrameBuffers:
 
     def __init__(self, *, buffers: int) -> None:
         pairs = max(1, buffers // BUFFERS_PER_STEP)
-        self._free = deque((_buffer(), _buffer()) for _ in range(pairs))
+        # why a stack: memory that nobody needed yet is not touched in turn
+        self._free = [(_buffer(), _buffer()) for _ in range(pairs)]
         self._waiting: deque[asyncio.Future[_Pair]] = deque()
 
     def try_acquire(self) -> BufferPair | None:
         """A pair if one is free now."""
-        return BufferPair(self, self._free.popleft()) if self._free else None
+        return BufferPair(self, self._free.pop()) if self._free else None
 
     async def acquire(self) -> BufferPair:
         """Waits for a free pair, first come first served."""
         if self._free:
-            return BufferPair(self, self._free.popleft())
+            return BufferPair(self, self._free.pop())
         turn: asyncio.Future[_Pair] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:

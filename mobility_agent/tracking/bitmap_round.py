@@ -194,18 +194,21 @@ class BitmapRound:
         # why: before it is read: what is submitted to from the swap on and lies in one of these was perhaps read
         mark_areas(self._areas.window_of(self._taken, window), pending, self._tracked.blocks_per_area)
         marked = pending if unread is None else pending & ~unread
-        read = self._read(first, length, ranges(marked), buffer)
+        runs = ranges(marked)
+        read = self._read(first, length, runs, buffer)
         self._next += 1
         self._compared_to_bytes = first + length
         receipt, sent = Receipt(), pending
         unchanged = self._sort_out(window, buffer[:length], marked, read, receipt)
         if unchanged is not None:
             self._layout.clear(self._tracked.pending, window, unchanged)
-            marked, sent = marked & ~unchanged, pending & ~unchanged
-        changes = self._changes(buffer[:length], first, ranges(marked))
-        if unread is not None and unread.any():
-            receipt.unknown += self._digest_blocks(window, unread)
-            changes = sorted([*changes, *self._discards(first, ranges(unread))], key=lambda change: change.offset_bytes)
+            runs, sent = ranges(marked & ~unchanged), pending & ~unchanged
+        whole = {block for block, _ in receipt.digests}
+        receipt.unknown += [block for block in self._digest_blocks(window, runs) if block not in whole]
+        changes = self._changes(buffer[:length], first, runs)
+        if unread is not None and (discarded := ranges(unread)):
+            receipt.unknown += self._digest_blocks(window, discarded)
+            changes = sorted([*changes, *self._discards(first, discarded)], key=lambda change: change.offset_bytes)
         if changes:
             receipt.sent.append((window, sent))
         return _Finding(changes=changes, receipt=receipt, raw_bytes=sum(change.raw_bytes for change in changes))
@@ -235,7 +238,7 @@ class BitmapRound:
         self, window: int, view: memoryview, marked: Mask, read: list[tuple[int, int]], receipt: Receipt
     ) -> Mask | None:
         """Which of the marked blocks the history holds as they are; None for none. The receipt gets the digests of
-        the digest blocks that will be sent as a whole, and those of which the digest will be unknown."""
+        the digest blocks that will be sent as a whole."""
         whole = [
             index
             for at, end in read
@@ -244,11 +247,9 @@ class BitmapRound:
         ]
         base = window * DIGEST_BLOCKS
         if not whole:
-            receipt.unknown += self._digest_blocks(window, marked)
             return None
         known = self._digests.known(base + whole[0], base + whole[-1] + 1)
         unchanged: Mask = numpy.zeros_like(marked)
-        sent_whole = set()
         for index in whole:
             block = view[index * DIGEST_BLOCK_BYTES : (index + 1) * DIGEST_BLOCK_BYTES]
             digest = self._digests.zero_digest(base + index) if is_zero(block) else self._digests.digest(block)
@@ -257,16 +258,13 @@ class BitmapRound:
                 unchanged[places] = marked[places]
             elif marked[places][: -(-len(block) // self._layout.block_bytes)].all():
                 receipt.digests.append((base + index, digest))
-                sent_whole.add(base + index)
-        others = self._digest_blocks(window, marked & ~unchanged)
-        receipt.unknown += [block for block in others if block not in sent_whole]
         return unchanged
 
-    def _digest_blocks(self, window: int, mask: Mask) -> list[int]:
-        """Those that the mask touches."""
-        touched = mask.reshape(DIGEST_BLOCKS, -1).any(axis=1)
-        found: list[int] = (numpy.flatnonzero(touched) + window * DIGEST_BLOCKS).tolist()
-        return found
+    def _digest_blocks(self, window: int, runs: list[tuple[int, int]]) -> list[int]:
+        """Those that the blocks of the window touch."""
+        base, size = window * DIGEST_BLOCKS, self._layout.digest_blocks
+        found = {base + place for low, high in runs for place in range(low // size, (high - 1) // size + 1)}
+        return sorted(found)
 
     def _discards(self, first_bytes: int, discarded: list[tuple[int, int]]) -> list[Change]:
         """Nothing of them is read: what they hold is undefined until it is written."""
