@@ -87,6 +87,13 @@ def expect_resync(agent: Agent, cause: ResyncCause) -> None:
     assert agent.epoch == epoch + 1
 
 
+def restart_machine(agent: Agent, *, refused: ResyncCause | None = None) -> None:
+    """In order, with a marker, or with the cause of there being none."""
+    stop(agent)
+    assert agent.machine.note_stop() is refused
+    agent.machine.restart()
+
+
 def test_after_a_clean_stop_tracking_goes_on_and_nothing_is_compared(agent: Agent) -> None:
     machine = agent.machine
     agent.round()
@@ -95,9 +102,7 @@ def test_after_a_clean_stop_tracking_goes_on_and_nothing_is_compared(agent: Agen
         (place / "before").unlink()
     unsent = changed_bytes(agent)
     assert unsent >= 2 * MIB, "written and discarded"
-    stop(agent)
-    assert machine.note_stop() is None
-    machine.restart()
+    restart_machine(agent)
     machine.begin_tracking()
     change(agent, "after")
     agent.open()
@@ -140,9 +145,7 @@ def test_what_an_unclean_stop_costs_is_told() -> None:
 def test_a_marker_is_believed_once(agent: Agent) -> None:
     """A crash after a clean restart: the marker of before it is gone."""
     machine = agent.machine
-    stop(agent)
-    assert machine.note_stop() is None
-    machine.restart()
+    restart_machine(agent)
     machine.begin_tracking()
     assert not (machine.state / marker_name(DISK)).exists(), "gone before anything was written"
     change(agent, "lost")
@@ -155,9 +158,7 @@ def test_a_start_that_ends_before_it_judged_leaves_nothing_to_believe(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = agent.machine
-    stop(agent)
-    assert machine.note_stop() is None
-    machine.restart()
+    restart_machine(agent)
 
     def end(*_: object) -> None:
         raise KeyboardInterrupt
@@ -221,9 +222,7 @@ def test_a_disk_that_was_restored_meanwhile_is_noticed(agent: Agent) -> None:
 
 def test_a_disk_that_is_mounted_before_tracking_begins_is_compared(agent: Agent) -> None:
     machine = agent.machine
-    stop(agent)
-    assert machine.note_stop() is None
-    machine.restart()
+    restart_machine(agent)
     with mounted(machine.device, machine.place / "mnt"):
         agent.open()
         with pytest.raises(ResyncNeeded, match="written_before_tracking"):
@@ -237,10 +236,7 @@ def test_a_disk_that_is_mounted_before_tracking_begins_is_compared(agent: Agent)
 def test_a_disk_that_is_mounted_without_any_write_is_compared_as_well(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = agent.machine
-    stop(agent)
-    assert machine.note_stop() is None
-    machine.restart()
+    restart_machine(agent)
     monkeypatch.setattr(restart, "writable_mounts_and_swap", lambda device: ("mounted at /srv",))
     agent.open()
     expect_resync(agent, ResyncCause.IN_USE_BEFORE_TRACKING)
@@ -248,9 +244,7 @@ def test_a_disk_that_is_mounted_without_any_write_is_compared_as_well(
 
 def test_a_disk_whose_writes_are_not_counted_is_compared(agent: Agent) -> None:
     machine = agent.machine
-    stop(agent)
-    assert machine.note_stop() is None
-    machine.restart()
+    restart_machine(agent)
     switch = Path("/sys/block") / machine.device.name / "queue/iostats"
     switch.write_text("0")
     agent.open()
@@ -348,9 +342,7 @@ def test_a_disk_that_would_not_show_who_writes_to_it_is_compared(agent: Agent, c
     elif contents == "a volume group":
         write(machine.device, 512, b"LABELONE" + bytes(16) + b"LVM2 001")
     agent.round()
-    stop(agent)
-    assert machine.note_stop() is ResyncCause.UNWITNESSED_CONTENTS
-    machine.restart()
+    restart_machine(agent, refused=ResyncCause.UNWITNESSED_CONTENTS)
     machine.begin_tracking()
     agent.open()
     expect_resync(agent, ResyncCause.UNWITNESSED_CONTENTS)
@@ -359,9 +351,7 @@ def test_a_disk_that_would_not_show_who_writes_to_it_is_compared(agent: Agent, c
 def test_a_stop_after_track_was_lost_tells_its_cause(agent: Agent) -> None:
     machine = agent.machine
     agent.source._tracked.lose(ResyncCause.WRITES_MISSED)
-    stop(agent)
-    assert machine.note_stop() is ResyncCause.WRITES_MISSED
-    machine.restart()
+    restart_machine(agent, refused=ResyncCause.WRITES_MISSED)
     machine.begin_tracking()
     agent.open()
     expect_resync(agent, ResyncCause.WRITES_MISSED)
