@@ -34,8 +34,9 @@ QUIET_SECONDS_MAX: Final = 0.5
 """A round waits so long for writes that were under way when it began; without them it is fuzzy, and read again."""
 IDLE_SECONDS_MAX: Final = 2.0
 """After an alarm of the audit: for a moment with nothing in flight, at which the counts can be compared exactly."""
-LEAK_SECONDS: Final = 60.0
-"""A change in flight for so long, while the kernel counts none, has completed without being seen."""
+LEAK_SECONDS: Final = 5.0
+"""A change in flight for so long, before and after a moment at which the kernel counts none, has ended unseen; or it
+waits before the device, as behind a suspended device mapper, and will be marked when it completes."""
 
 log = structlog.get_logger(__name__)
 
@@ -226,8 +227,9 @@ class BitmapSource:
         self._suspects = {change: self._suspects.get(change, now) for change in found}
         if self._tracked.kernel_in_flight():
             return
-        for change, since in self._suspects.items():
-            if now - since > LEAK_SECONDS:
+        # why: what ended only just now is no leak
+        for change in self._tracked.changes_in_flight() & found:
+            if now - self._suspects[change] > LEAK_SECONDS:
                 log.warning("a completion was missed", disk=self._disk, sector=change.sector, bytes=change.bytes)
                 self._tracked.forgive(change)
 

@@ -29,7 +29,7 @@ STRIDE_BYTES = 8 * 2**20
 MORE_COUNTS = 3
 """The two counters are never more than one apart."""
 POINT_SECONDS_MAX = 150.0
-"""Where the kernel did not tell a completion, which it does not here now and then, no round settles for a minute."""
+"""Where the kernel did not tell a completion, which it does not here now and then, no round settles for a while."""
 
 
 @dataclass(slots=True, kw_only=True)
