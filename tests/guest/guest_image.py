@@ -27,7 +27,7 @@ TOOLS: Final = {
 }
 PACKAGES: Final = (
     *("systemd", "systemd-sysv", "udev", "dbus", "kmod", "linux-image-cloud-amd64"),
-    *("openssh-server", "iproute2", "procps", "e2fsprogs", "python3.11", "init-system-helpers"),
+    *("openssh-server", "iproute2", "procps", "e2fsprogs", "lvm2", "dmsetup", "python3.11", "init-system-helpers"),
 )
 DISK_BYTES: Final = 3 * 2**30
 """Of the system's disk; sparse."""

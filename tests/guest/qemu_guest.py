@@ -1,4 +1,4 @@
-"""The guest as a running machine: started, reached over SSH, restarted by its own systemd, ended.
+"""The guest as a running machine: started, reached over SSH, restarted by its own systemd, crashed, ended.
 
 Invariants: it has no way out but to the loopback of the name space that it runs in; its console is kept in a file; it
 is gone when the `with` block ends.
@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from farpoint.demo.source_image import copy_sparse
 from farpoint.machine_installation.errors import (
     HostConnectionLost,
     HostUnreachable,
@@ -40,12 +39,15 @@ class GuestFailed(Exception):
 
 
 class QemuGuest:
-    """A context. directory: for its system's disk and its console. data_disk: a raw image, its second disk."""
+    """A context. directory: for its console. disks: raw images by serial number, the system's first. is_isolated: it
+    reaches nothing at all, and only we reach it."""
 
-    def __init__(self, image: GuestImage, directory: Path, data_disk: Path) -> None:
+    def __init__(
+        self, image: GuestImage, directory: Path, disks: Mapping[str, Path], *, is_isolated: bool = False
+    ) -> None:
         self._image = image
-        self._data_disk = data_disk
-        self._disk = directory / "system.img"
+        self._disks = disks
+        self._is_isolated = is_isolated
         self.console = directory / "console.log"
         self.known_hosts = directory / "known_hosts"
         self._process: asyncio.subprocess.Process | None = None
@@ -53,11 +55,16 @@ class QemuGuest:
     async def __aenter__(self) -> QemuGuest:
         """Starts it; it boots on."""
         self.known_hosts.write_text(f"[{HOST}]:{SSH_PORT} {self._image.host_key.read_text()}")
-        await asyncio.to_thread(copy_sparse, self._image.disk, self._disk)
-        self._process = await asyncio.create_subprocess_exec(*self._command(), stdin=asyncio.subprocess.DEVNULL)
+        await self._start()
         return self
 
+    async def _start(self) -> None:
+        self._process = await asyncio.create_subprocess_exec(*self._command(), stdin=asyncio.subprocess.DEVNULL)
+
     async def __aexit__(self, *_: object) -> None:
+        await self._kill()
+
+    async def _kill(self) -> None:
         process = self._running
         if process.returncode is None:
             process.kill()
@@ -69,21 +76,26 @@ class QemuGuest:
         return self._process
 
     def _command(self) -> list[str]:
-        disks = [
-            *("-drive", f"file={self._disk},format=raw,if=none,id=system,cache=unsafe,discard=unmap"),
-            *("-device", "virtio-blk-pci,drive=system"),
-            *("-drive", f"file={self._data_disk},format=raw,if=none,id=data,cache=writeback"),
-            *("-device", "virtio-blk-pci,drive=data,serial=farpoint-data"),
-        ]
+        disks = []
+        for serial, file in self._disks.items():
+            # why unsafe: what the guest wrote is in this machine's page cache, which outlives a guest that is killed
+            disks += ["-drive", f"file={file},format=raw,if=none,id={serial},cache=unsafe,discard=unmap"]
+            disks += ["-device", f"virtio-blk-pci,drive={serial},serial={serial}"]
+        isolation = ",restrict=on" if self._is_isolated else ""
         network = [
-            *("-netdev", f"user,id=network,hostfwd=tcp:{HOST}:{SSH_PORT}-:22"),
+            *("-netdev", f"user,id=network,hostfwd=tcp:{HOST}:{SSH_PORT}-:22{isolation}"),
             *("-device", "virtio-net-pci,netdev=network,romfile="),
+        ]
+        console = [
+            *("-chardev", f"file,id=console,path={self.console},append=on"),
+            *("-serial", "chardev:console", "-device", "virtio-rng-pci"),
         ]
         return [
             *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35"),
             *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", str(MEMORY_MIB)),
             *("-kernel", str(self._image.kernel), "-initrd", str(self._image.initial_ram_disk)),
-            *("-append", KERNEL_ARGUMENTS, "-serial", f"file:{self.console}", "-device", "virtio-rng-pci"),
+            *("-append", KERNEL_ARGUMENTS),
+            *console,
             *disks,
             *network,
         ]
@@ -125,6 +137,13 @@ class QemuGuest:
         before = await self.run(BOOT_ID, step="reboot", seconds=ATTEMPT_SECONDS_MAX)
         with contextlib.suppress(HostConnectionLost, RemoteCommandFailed):
             await self.run("systemctl reboot", step="reboot", seconds=ATTEMPT_SECONDS_MAX)
+        await self.wait_until_up(another_than=before)
+
+    async def crash(self) -> None:
+        """Power is cut, and comes back: nothing of its memory is left. On return it has come up again."""
+        before = await self.run(BOOT_ID, step="crash", seconds=ATTEMPT_SECONDS_MAX)
+        await self._kill()
+        await self._start()
         await self.wait_until_up(another_than=before)
 
     async def power_off(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,8 +16,8 @@ from farpoint.demo.programs import Program, Programs
 from protocol.control_errors import ServerUnreachable, ServerUnwell
 from protocol.operator_messages import DiskStatus, RecoveryPointStatus
 from protocol.transport.control_client import OperatorClient
+from protocol.vocabulary import DiskId
 from tests.guest.guest_image import HOST_ADDRESS
-from tests.guest.qemu_guest import GuestFailed
 
 LOOPBACK: Final = "127.0.0.1"
 CONTROL_PORT: Final = 8443
@@ -60,7 +60,7 @@ class GuestSite:
         return ["--server", self.server_url, "--ca", authority, "--admin-token-file", token]
 
     async def start(self) -> None:
-        """Vault, both servers, and the process server enrolled. Raises ProgramEnded, GuestFailed."""
+        """Vault, both servers, and the process server enrolled. Raises ProgramEnded."""
         keys = ["--recovery-key", self._key, "--recovery-key", self._directory / "recovery-2.key"]
         authority_key = self._directory / "vault-authority.key"
         vault = ["vault", "init", "--store", self._store, *keys, "--authority-key", authority_key]
@@ -73,6 +73,8 @@ class GuestSite:
             *("--set", f'server_names=["{HOST_ADDRESS}","{LOOPBACK}"]', "--set", "heartbeat_seconds=2"),
             *("--set", f"copy_interval_seconds={COPY_INTERVAL_SECONDS}"),
             *("--set", f"point_interval_seconds={POINT_INTERVAL_SECONDS}"),
+            # why never: the guest is frozen when a story says so
+            *("--set", "freeze_interval_seconds=0", "--set", "application_interval_seconds=0"),
         )
         self._running.append(config_server)
         authority, token = (state / "authority.pem").read_bytes(), (state / "admin-token").read_text()
@@ -116,30 +118,44 @@ class GuestSite:
         (record,) = json.loads(b"".join(lines))
         return dict(record)
 
-    async def disk(self) -> DiskStatus:
-        """The only one. Raises GuestFailed if there is none yet."""
-        disks = (await self._client.disks()).disks
-        if len(disks) != 1:
-            raise GuestFailed(f"the configuration server knows {len(disks)} disks")
-        return disks[0]
+    async def disks(self) -> dict[str, DiskStatus]:
+        """By the path that they are protected under."""
+        return {disk.path: disk for disk in (await self._client.disks()).disks}
 
-    async def point_after(self, instant_ns: int) -> RecoveryPointStatus:
-        """The first recovery point whose instant is certainly later; waits for it as long as the caller lets it."""
+    async def wait_for_disks(self, is_met: Callable[[Mapping[str, DiskStatus]], bool]) -> Mapping[str, DiskStatus]:
+        """Waits until what is told of them is as wanted, as long as the caller lets it."""
         while True:
             self._programs.check()
-            points = (await self._client.points()).points
-            later = [point for point in points if point.instant_ns > instant_ns]
-            if later:
-                return later[-1]
+            disks = await self.disks()
+            if is_met(disks):
+                return disks
             await asyncio.sleep(POLL_SECONDS)
 
+    async def points(self, disk: DiskId | None = None) -> tuple[RecoveryPointStatus, ...]:
+        """Of one disk or of all, the newest first."""
+        return (await self._client.points(disk=disk)).points
+
+    async def point(
+        self, is_wanted: Callable[[RecoveryPointStatus], bool], *, disk: DiskId | None = None
+    ) -> RecoveryPointStatus:
+        """The oldest of them that is wanted; waits for it as long as the caller lets it."""
+        while True:
+            self._programs.check()
+            found = [point for point in await self.points(disk) if is_wanted(point)]
+            if found:
+                return found[-1]
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def point_after(self, instant_ns: int, *, disk: DiskId | None = None) -> RecoveryPointStatus:
+        """The first recovery point whose instant is certainly later."""
+        return await self.point(lambda point: point.instant_ns > instant_ns, disk=disk)
+
     async def state(self) -> str:
-        """What the configuration server says of the disk, for a report of a failure."""
-        try:
-            disk = await self.disk()
-        except GuestFailed as error:
-            return str(error)
-        return f"{disk.state}, settled: {disk.is_settled}, backlog {disk.backlog_bytes}, error: {disk.error}"
+        """What the configuration server says of the disks, for a report of a failure."""
+        return "; ".join(
+            f"{path}: {disk.state}, settled: {disk.is_settled}, backlog {disk.backlog_bytes}, error: {disk.error}"
+            for path, disk in (await self.disks()).items()
+        )
 
     async def recover(self, disk: str, point: str, target: Path) -> None:
         """From the store and a key file alone."""

@@ -1,39 +1,29 @@
-"""What happens in the guest, step by step: installed, protected, changed, restarted, recovered outside, uninstalled.
-
-Each step has a deadline that suits emulation; the first that does not hold ends the run.
+"""The package in the guest, step by step: installed, a data disk protected, changed, restarted, recovered outside,
+uninstalled.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import re
 import shutil
-import sys
-import time
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from farpoint.demo.programs import Programs
-from farpoint.machine_installation.errors import RemoteCommandFailed
 from recovery.verification import images_are_identical
 from tests.guest.guest_image import GuestImage
-from tests.guest.qemu_guest import HOST, GuestFailed, QemuGuest
+from tests.guest.qemu_guest import GuestFailed
 from tests.guest.site import GuestSite, now_ns
+from tests.guest.stage import FROZEN_SECONDS_MAX, PACKAGE, SETTINGS, UNIT, Stage
 
-PACKAGE: Final = "farpoint-mobility-agent"
-UNIT: Final = f"{PACKAGE}.service"
-DATA_DISK: Final = "/dev/disk/by-id/virtio-farpoint-data"
+DATA_SERIAL: Final = "farpoint-data"
+DATA_DISK: Final = f"/dev/disk/by-id/virtio-{DATA_SERIAL}"
 DATA_DISK_BYTES: Final = 160 * 2**20
 DATA_FILES: Final = "/usr/lib/python3.11"
 EXPOSURE_MAX: Final = 3.0
 WATCHDOG_SECONDS: Final = 10
 SECONDS_MAX: Final = {
-    "boot": 600,
-    "servers": 120,
-    "install": 900,
     "install again": 300,
     "service": 300,
     "watchdog": 300,
@@ -44,10 +34,8 @@ SECONDS_MAX: Final = {
     "point after reboot": 600,
     "refused calls": 120,
     "purge": 600,
-    "power off": 200,
     "recover": 120,
 }
-SCRIPT_SECONDS_MAX: Final = 600.0
 
 LIST_FILES: Final = r"""
 find / -xdev -not -path '*/tmp/systemd-private-*' -printf '%y %m %U:%G %p -> %l\n' | sed 's/ -> $//' | sort
@@ -74,8 +62,8 @@ FREEZE_POINT: Final = f"""
 mkdir -p /etc/farpoint/scripts.d
 printf '#!/bin/sh\\necho "$1" >>/run/farpoint/mobility-agent/told\\n' >/etc/farpoint/scripts.d/application
 chmod 0755 /etc/farpoint/scripts.d/application
-cp /etc/farpoint/mobility-agent.toml /run/kept.toml
-printf '\\n[freeze]\\nseconds_max = 20\\n' >>/etc/farpoint/mobility-agent.toml  # an emulated machine is slow
+cp {SETTINGS} /run/kept.toml
+printf '\\n[freeze]\\nseconds_max = {FROZEN_SECONDS_MAX}\\n' >>{SETTINGS}
 systemctl restart {UNIT}
 mount {DATA_DISK} /mnt
 (while :; do date >/mnt/busy; sync --file-system /mnt; done) & writer=$!
@@ -86,7 +74,7 @@ for try in $(seq 60); do
 done
 kill $writer
 wait $writer || true
-cp /run/kept.toml /etc/farpoint/mobility-agent.toml
+cp /run/kept.toml {SETTINGS}
 rm -r /etc/farpoint/scripts.d /mnt/busy
 umount /mnt
 tr '\\n' ' ' </run/farpoint/mobility-agent/told >&2
@@ -129,87 +117,54 @@ systemd-run --quiet --wait --pipe --property=SystemCallFilter=~chmod --property=
 
 
 class Story:
-    """One run of it. `seconds` says how long each step took, `figures` what else was seen."""
+    """One run of it."""
 
     def __init__(self, image: GuestImage, package: Path, directory: Path) -> None:
-        self._directory = directory
-        self._package = package
-        self.data_disk = directory / "data.img"
-        self.guest = QemuGuest(image, directory, self.data_disk)
-        self.seconds: dict[str, float] = {}
-        self.figures: dict[str, Any] = {}
+        self.stage = Stage(
+            image, package, directory, data_disks={DATA_SERIAL: DATA_DISK_BYTES}, seconds_max=SECONDS_MAX
+        )
+        self._data_disk = self.stage.disks[DATA_SERIAL]
         self._points: list[tuple[str, str, Path]] = []
 
     async def run(self) -> None:
-        """Raises GuestFailed and what the programs raise, as soon as something does not hold."""
-        with self.data_disk.open("wb") as disk:
-            disk.truncate(DATA_DISK_BYTES)
-        async with self.guest, Programs(self._directory) as programs:
-            site = GuestSite(self._directory, programs)
-            try:
-                await self._play(site)
-                async with self._step("power off"):
-                    await self.guest.power_off()
-                    await site.stop()
-            except BaseException:
-                await self._keep_journal()
-                raise
-            finally:
-                await site.close()
-            async with self._step("recover"):
-                await self._recover(site)
+        """Raises what Stage.play raises."""
+        await self.stage.play(self._play, self._recover)
 
     async def _play(self, site: GuestSite) -> None:
-        async with self._step("boot"):
-            await self.guest.wait_until_up()
-        async with self._step("servers"):
-            await site.start()
-        before = await self._in_guest(LIST_FILES, "boot")
-        async with self._step("install"):
-            await self._install(site, "installed")
-        async with self._step("install again"):
-            await self._install(site, "up to date")
-        async with self._step("service"):
+        before = await self.stage.in_guest(LIST_FILES, "boot")
+        async with self.stage.step("install"):
+            await self.stage.install(site, "installed")
+        async with self.stage.step("install again"):
+            await self.stage.install(site, "up to date")
+        async with self.stage.step("service"):
             await self._look_at_service()
-        async with self._step("watchdog"):
+        async with self.stage.step("watchdog"):
             await self._freeze()
-        async with self._step("first point"):
-            await self._in_guest(f"mkfs.ext4 -q {DATA_DISK}", "first point")
+        async with self.stage.step("first point"):
+            await self.stage.in_guest(f"mkfs.ext4 -q {DATA_DISK}", "first point")
             await self._write(FIRST_FILES, "first point")
-            await self._in_guest(f"mobility-agent protect {DATA_DISK}", "first point")
+            await self.stage.in_guest(f"mobility-agent protect {DATA_DISK}", "first point")
             await self._keep_point(site, "first point")
-        async with self._step("change"):
+        async with self.stage.step("change"):
             await self._write(SECOND_FILES, "change")
             await self._keep_point(site, "change")
-        async with self._step("freeze point"):
+        async with self.stage.step("freeze point"):
             await self._look_at_a_freeze()
-        async with self._step("reboot"):
-            await self._in_guest(MOUNT_AT_BOOT, "reboot")
-            await self.guest.restart()
-            await self._in_guest(MOUNTED_AT_BOOT, "reboot")
-        async with self._step("point after reboot"):
+        async with self.stage.step("reboot"):
+            await self.stage.in_guest(MOUNT_AT_BOOT, "reboot")
+            await self.stage.guest.restart()
+            await self.stage.in_guest(MOUNTED_AT_BOOT, "reboot")
+        async with self.stage.step("point after reboot"):
             await self._write(THIRD_FILES, "point after reboot")
             await self._keep_point(site, "point after reboot")
-        async with self._step("refused calls"):
+        async with self.stage.step("refused calls"):
             await self._look_for_refused_calls()
-        async with self._step("purge"):
+        async with self.stage.step("purge"):
             await self._purge(before)
-
-    async def _install(self, site: GuestSite, wanted: str) -> None:
-        access = self.guest.access()
-        options = ["--user", access.user, "--port", access.port, "--key-file", self.guest.key_file]
-        record = await site.install(
-            HOST, [*options, "--known-hosts", self.guest.known_hosts, "--package", self._package]
-        )
-        for step in record["steps"]:
-            self._tell(f"  {step['step']}: {step['result']} ({step['seconds']} s)")
-        if record["result"] != wanted:
-            raise GuestFailed(f"the agent is {record['result']}, not {wanted}")
-        self.figures.setdefault("install_steps", {step["step"]: step["seconds"] for step in record["steps"]})
 
     async def _look_at_service(self) -> None:
         """It runs, as its unit says, under this systemd."""
-        told = await self._in_guest(ASK_SERVICE, "service")
+        told = await self.stage.in_guest(ASK_SERVICE, "service")
         shown = dict(line.partition("=")[::2] for line in told.splitlines())
         wanted = {
             "ActiveState": "active",
@@ -222,109 +177,84 @@ class Story:
         wrong = {key: shown.get(key) for key, value in wanted.items() if shown.get(key) != value}
         if wrong:
             raise GuestFailed(f"the service is not as it should be: {wrong}")
-        if said := (await self._in_guest(f"systemd-analyze verify --man=no {UNIT} 2>&1", "service")).strip():
+        if said := (await self.stage.in_guest(f"systemd-analyze verify --man=no {UNIT} 2>&1", "service")).strip():
             raise GuestFailed(f"systemd finds fault with the unit: {said}")
-        told = await self._in_guest(f"systemd-analyze security --no-pager {UNIT}", "service")
+        told = await self.stage.in_guest(f"systemd-analyze security --no-pager {UNIT}", "service")
         found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", told)
         if not found or float(found[1]) > EXPOSURE_MAX:
             raise GuestFailed(f"the service is exposed: {told[-200:]}")
-        self.figures["exposure"] = float(found[1])
+        self.stage.figures["exposure"] = float(found[1])
 
     async def _freeze(self) -> None:
         """A program that does not turn any more is killed and started again."""
-        told = await self._in_guest(FREEZE, "watchdog")
-        self._tell(f"  {told.strip().splitlines()[-1]}")
+        told = await self.stage.in_guest(FREEZE, "watchdog")
+        self.stage.tell(f"  {told.strip().splitlines()[-1]}")
 
     async def _look_at_a_freeze(self) -> None:
         """It gives an application-consistent point, and nothing stays frozen."""
-        told = json.loads(await self._in_guest(FREEZE_POINT, "freeze point"))
-        self.figures["freeze"] = told
+        told = json.loads(await self.stage.in_guest(FREEZE_POINT, "freeze point"))
+        self.stage.figures["freeze"] = told
         if told["result"] != "application" or told["reason"]:
             raise GuestFailed(f"no application-consistent point: {told}")
 
     async def _write(self, change: str, step: str) -> None:
         """Changes the data disk while it is mounted; unmounted and written out on return."""
-        await self._in_guest(WRITE_DATA.format(disk=DATA_DISK, change=change), step)
+        await self.stage.in_guest(WRITE_DATA.format(disk=DATA_DISK, change=change), step)
 
     async def _keep_point(self, site: GuestSite, name: str) -> None:
         """Waits for a recovery point of what is on the disk now; keeps a copy of the raw disk beside it."""
-        copy = self._directory / f"{name.replace(' ', '-')}.source.img"
-        await asyncio.to_thread(shutil.copyfile, self.data_disk, copy)
+        copy = self.stage.directory / f"{name.replace(' ', '-')}.source.img"
+        await asyncio.to_thread(shutil.copyfile, self._data_disk, copy)
         try:
             point = await site.point_after(now_ns())
         except BaseException:
-            self._tell(f"  {await site.state()}")
+            self.stage.tell(f"  {await site.state()}")
             raise
-        (status,) = json.loads(await self._in_guest("mobility-agent status -o json", name))
+        (status,) = json.loads(await self.stage.in_guest("mobility-agent status -o json", name))
         if status["source"] != "bitmap":
             raise GuestFailed(f"the disk's writes are not tracked, but {status['source']}: {status}")
         if status["resyncs"]:
             raise GuestFailed(f"everything was compared, although the guest was restarted cleanly: {status['resyncs']}")
-        self.figures["source"] = status["source"]
+        self.stage.figures["source"] = status["source"]
         self._points.append((name, point.point, copy))
-        self.figures["disk"] = point.disk
+        self.stage.figures["disk"] = point.disk
 
     async def _look_for_refused_calls(self) -> None:
         """The unit's filter refused the agent nothing that it needs; and a refusal would have been seen."""
-        refused = refused_calls(await self._in_guest(REFUSED_CALLS, "refused calls"))
-        self.figures["refused_calls"] = sorted(call for program, call in refused if program in AGENT)
-        if unknown := set(self.figures["refused_calls"]) - set(HARMLESS_REFUSALS):
+        refused = refused_calls(await self.stage.in_guest(REFUSED_CALLS, "refused calls"))
+        self.stage.figures["refused_calls"] = sorted(call for program, call in refused if program in AGENT)
+        if unknown := set(self.stage.figures["refused_calls"]) - set(HARMLESS_REFUSALS):
             raise GuestFailed(f"system calls of the agent were refused, by their numbers: {sorted(unknown)}")
-        seen = refused_calls(await self._in_guest(PROVOKE_REFUSAL + REFUSED_CALLS, "refused calls"))
+        seen = refused_calls(await self.stage.in_guest(PROVOKE_REFUSAL + REFUSED_CALLS, "refused calls"))
         if not any(program == "chmod" for program, _ in seen):
             raise GuestFailed("a refused system call leaves no trace here, so that none was seen means nothing")
 
     async def _purge(self, before: str) -> None:
         """Nothing is left of it: no file, account, unit or process."""
-        await self._in_guest(f"apt-get purge --yes {PACKAGE}", "purge")
-        after = await self._in_guest(LIST_FILES, "purge")
+        await self.stage.in_guest(f"apt-get purge --yes {PACKAGE}", "purge")
+        after = await self.stage.in_guest(LIST_FILES, "purge")
         was, now = counted(before), counted(after)
         left = [*(f"+ {line}" for line in sorted(now - was)), *(f"- {line}" for line in sorted(was - now))]
-        self.figures["files_compared"] = len(was)
+        self.stage.figures["files_compared"] = len(was)
         if left:
             raise GuestFailed("uninstalling changed more than it should:\n" + "\n".join(left[:40]))
 
     async def _recover(self, site: GuestSite) -> None:
+        async with self.stage.step("recover"):
+            await self._recover_points(site)
+
+    async def _recover_points(self, site: GuestSite) -> None:
         """Every point, from the store and a key file alone, equals the raw disk as it was then, byte for byte."""
-        if not await asyncio.to_thread(images_are_identical, self.data_disk, self._points[-1][2]):
+        if not await asyncio.to_thread(images_are_identical, self._data_disk, self._points[-1][2]):
             raise GuestFailed("the disk changed after the last point was kept: the comparison would mean nothing")
         recovered = {}
         for name, point, source in self._points:
             target = source.with_suffix(".recovered")
-            await site.recover(self.figures["disk"], point, target)
+            await site.recover(self.stage.figures["disk"], point, target)
             recovered[name] = await asyncio.to_thread(images_are_identical, source, target)
-        self.figures["points"] = recovered
+        self.stage.figures["points"] = recovered
         if not all(recovered.values()):
             raise GuestFailed(f"not every point was recovered bit-exact: {recovered}")
-
-    async def _in_guest(self, script: str, step: str) -> str:
-        return await self.guest.run(f"set -e\n{script}", step=step, seconds=SCRIPT_SECONDS_MAX)
-
-    async def _keep_journal(self) -> None:
-        """What the guest's journal says last, beside the console, if it can still be asked."""
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(60):
-                text = await self._in_guest("journalctl --boot --no-pager --lines=400", "journal")
-            (self._directory / "journal.log").write_text(text)
-
-    @contextlib.asynccontextmanager
-    async def _step(self, name: str) -> AsyncIterator[None]:
-        started = time.monotonic()
-        self._tell(f"{name} …")
-        try:
-            async with asyncio.timeout(SECONDS_MAX[name]):
-                yield
-        except TimeoutError as error:
-            raise GuestFailed(f"{name}: not within {SECONDS_MAX[name]} s") from error
-        except RemoteCommandFailed as error:
-            raise GuestFailed(str(error)) from error
-        finally:
-            self.seconds[name] = round(time.monotonic() - started, 1)
-        self._tell(f"{name}: {self.seconds[name]} s")
-
-    @staticmethod
-    def _tell(text: str) -> None:
-        print(f"guest: {text}", file=sys.stderr, flush=True)
 
 
 def refused_calls(journal: str) -> set[tuple[str, int]]:
