@@ -29,7 +29,7 @@ PACKAGES: Final = (
     *("systemd", "systemd-sysv", "udev", "dbus", "kmod", "linux-image-cloud-amd64"),
     *("openssh-server", "iproute2", "procps", "e2fsprogs", "lvm2", "dmsetup", "python3.11", "init-system-helpers"),
 )
-DISK_BYTES: Final = 3 * 2**30
+DISK_BYTES: Final = 2 * 2**30
 """Of the system's disk; sparse."""
 ADDRESS: Final = "10.0.2.15"
 HOST_ADDRESS: Final = "10.0.2.2"
@@ -143,6 +143,7 @@ def _make(image: GuestImage, source: AptSource) -> None:
     debootstrap = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", source.release, str(root)]
     # why unshare: what debootstrap mounts in the new root goes with it
     _run("unshare", "--mount", *debootstrap, source.url, environment=environment)
+    _run("chroot", str(root), "apt-get", "clean")
     (root / "etc/hostname").write_text(f"{NAME}\n")
     (root / "etc/hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {NAME}\n")
     (root / "etc/fstab").write_text("/dev/vda / ext4 rw,noatime 0 1\n")

@@ -59,7 +59,12 @@ class QemuGuest:
         return self
 
     async def _start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(*self._command(), stdin=asyncio.subprocess.DEVNULL)
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command(),
+            stdin=asyncio.subprocess.DEVNULL,
+            # why: Ctrl-C goes to the story alone, which ends the guest when its journal is kept
+            start_new_session=True,
+        )
 
     async def __aexit__(self, *_: object) -> None:
         await self._kill()
