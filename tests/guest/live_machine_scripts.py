@@ -24,7 +24,7 @@ SECTOR_BYTES: Final = 512
 _LINEAR_DISK: Final = f"/dev/disk/by-id/virtio-{LINEAR_SERIAL}"
 DEVICE_SECONDS_MAX: Final = 300
 """An emulated machine may take so long to find its disks."""
-WRITER_SHARE: Final = "5%"
+WRITER_SHARE: Final = "10%"
 """Of a processor, for each writer: there are two, emulated, and the agent has to keep up."""
 _PLACES: Final = {"root": "/srv/live", "lvm": "/mnt/lvm/live", "linear": "/mnt/linear/live"}
 _CANARY_FILE: Final = "/srv/canary"
