@@ -89,6 +89,16 @@ class RoundObservation:
     is_audit_clean: bool
 
 
+def is_all_accounted_for(seen: RoundObservation) -> bool:
+    """Whether each write that was submitted before the swap was read after it had completed, or is known to be read
+    again: what was unaudited until then is not any more."""
+    return (
+        seen.was_quiet
+        and seen.is_audit_clean
+        and not (seen.untracked_submissions or seen.missed_submissions or seen.never_completed)
+    )
+
+
 def why_not_still(seen: RoundObservation) -> str:
     """Why what the round read may not be the disk at the instant of the swap; empty if it certainly is.
 

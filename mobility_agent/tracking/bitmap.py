@@ -108,6 +108,7 @@ class BitmapSource:
         is_older_quiet = self._tracked.wait_for_older(seconds_max=QUIET_SECONDS_MAX)
         instant_ns = read_tick()
         parity = self._tracked.swap()
+        untracked_before = facts.untracked
         self._check_counters(before)
         self._audit()
         was_quiet = is_older_quiet and self._tracked.wait_until_quiet(parity, seconds_max=QUIET_SECONDS_MAX)
@@ -121,7 +122,11 @@ class BitmapSource:
             self._tracked,
             first_bytes=first_bytes,
             begin=RoundBegin(
-                counters=before, missed_submissions=misses_before, was_quiet=was_quiet, instant_ns=instant_ns
+                counters=before,
+                untracked=untracked_before,
+                missed_submissions=misses_before,
+                was_quiet=was_quiet,
+                instant_ns=instant_ns,
             ),
         )
 
@@ -189,7 +194,7 @@ class BitmapSource:
         self._mark_again(lost, is_needed=now.never_completed > facts.never_completed)
         # why: marked before what was concluded is kept: whoever is killed in between concludes it again
         facts.pass_through, facts.beyond_end = now.pass_through, now.beyond_end
-        facts.never_completed = now.never_completed
+        facts.never_completed, facts.untracked = now.never_completed, now.untracked
         self._tracked.write_facts()
         if lost:
             raise ResyncNeeded(cause=lost)
@@ -239,4 +244,6 @@ class BitmapSource:
             if lost is not None:
                 self._tracked.lose(lost)
             elif is_needed:
+                # why: what was missed may belong to the generation in use
+                self._tracked.suspect_generation()
                 self._tracked.read_again()

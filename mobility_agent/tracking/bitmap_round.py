@@ -16,7 +16,7 @@ from typing import Final, Protocol
 import numpy
 
 from mobility_agent.core.change_sets import Change, FramePacker
-from mobility_agent.core.write_audit import RoundObservation, why_not_still
+from mobility_agent.core.write_audit import RoundObservation, is_all_accounted_for, why_not_still
 from mobility_agent.ports import SourceDisk
 from mobility_agent.tracking.block_bits import WINDOW_BYTES, Mask, bits_like, mark_areas
 from mobility_agent.tracking.change_source import Promise, RoundEnd, SourceFrame
@@ -74,6 +74,8 @@ class RoundBegin:
     """Taken before the swap."""
 
     counters: Counters
+    untracked: int
+    """Submissions that were not, up to the swap before: of the generation that ended with this one all have to be."""
     missed_submissions: int
     was_quiet: bool
     instant_ns: int | None
@@ -150,7 +152,7 @@ class BitmapRound:
             return RoundEnd(promise=Promise.COPY_IN_FUZZY, reason="the round was given up")
         seen = self._observed or self._observe()
         reason = why_not_still(seen)
-        if seen.was_quiet and seen.is_audit_clean and not seen.untracked_submissions and not seen.missed_submissions:
+        if is_all_accounted_for(seen):
             self._owner.settle()
         if reason:
             return RoundEnd(promise=Promise.COPY_IN_FUZZY, reason=reason)
@@ -175,7 +177,7 @@ class BitmapRound:
                 for kind in (Marks.SUBMISSION, Marks.DISCARDED)
             ),
             foreign_completions=now.foreign - before.counters.foreign,
-            untracked_submissions=now.untracked - before.counters.untracked,
+            untracked_submissions=now.untracked - before.untracked,
             missed_submissions=missed,
             failed_writes=now.failed - before.counters.failed,
             pass_through=now.pass_through - before.counters.pass_through,
@@ -207,15 +209,19 @@ class BitmapRound:
         receipt.unknown += [block for block in self._digest_blocks(window, runs) if block not in whole]
         changes = self._changes(buffer[:length], first, runs)
         if unread is not None and (discarded := ranges(unread)):
-            receipt.unknown += self._digest_blocks(window, discarded)
+            # why: what is read of them may be anything; the history holds zeroes, with which it will be compared
+            receipt.digests += [
+                (block, self._digests.zero_digest(block)) for block in self._digest_blocks(window, discarded)
+            ]
             changes = sorted([*changes, *self._discards(first, discarded)], key=lambda change: change.offset_bytes)
         if changes:
             receipt.sent.append((window, sent))
         return _Finding(changes=changes, receipt=receipt, raw_bytes=sum(change.raw_bytes for change in changes))
 
     def _unread(self, window: int) -> Mask:
-        """The blocks of the window that go out as discarded."""
-        return self._areas.mask_of(self._tracked.unread, window).repeat(self._tracked.blocks_per_area)
+        """The blocks of the window that go out as discarded: of digest blocks that were discarded as a whole."""
+        areas = self._areas.mask_of(self._tracked.unread, window).reshape(DIGEST_BLOCKS, -1)
+        return areas.all(axis=1).repeat(self._layout.digest_blocks)
 
     def _read(
         self, first_bytes: int, length_bytes: int, marked: list[tuple[int, int]], buffer: memoryview

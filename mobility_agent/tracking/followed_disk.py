@@ -91,9 +91,10 @@ class Counters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangeInFlight:
-    """As the programs know of it; `bio` is where the kernel has it in memory."""
+    """As the programs know of it."""
 
     bio: int
+    """What tells it from others, with its disk and generation."""
     sector: int
     bytes: int
     flight: int
@@ -116,6 +117,7 @@ class Facts:
     pass_through: int = 0
     beyond_end: int = 0
     never_completed: int = 0
+    untracked: int = 0
     is_unsettled: int = 1
     """What is unaudited may have been read too early: it is read again."""
     resync_cause: str = ""
@@ -309,6 +311,11 @@ class FollowedDisk:
         """What is unaudited is pending again."""
         self._make_pending(self.unaudited)
 
+    def suspect_generation(self) -> None:
+        """What was submitted or discarded in the generation in use is unaudited, too."""
+        for kind in (Marks.SUBMISSION, Marks.DISCARDED):
+            join_bits(self.unaudited, self.in_use(kind))
+
     def settle(self) -> None:
         """All that was submitted up to the last swap was read after it had completed."""
         self.facts.is_unsettled = 0
@@ -410,24 +417,24 @@ class FollowedDisk:
 
     def _take_discarded(self, discarded: Bits) -> None:
         """Makes pending what was discarded in the generation that is about to end, and keeps in `unread` where nothing
-        else was pending. What it submitted besides is not known yet."""
+        else was pending, nor written in the generation before. What this one wrote is not known yet."""
+        # why: a write that was under way at the same time as a discard may lie in this generation or the one before.
+        # What was written earlier had completed before the discard was submitted.
         self.unread = bits_like(discarded)
         join_bits(self.unread, discarded)
+        _leave(self.unread, self.unaudited)
         leave_areas(self.unread, self.pending, self.blocks_per_area)
         self._make_pending(discarded)
+        join_bits(self.unaudited, discarded)
 
     def _end_generation(self, submitted: Bits, discarded: Bits) -> None:
         """What it submitted is unaudited; and no more what was before it, if that is known to be well."""
-        # why: a write that was under way at the same time as a discard may lie in this generation or the one before.
-        # What was written earlier had completed before the discard was submitted.
-        for written in (submitted, self.unaudited):
-            marked = marked_words(self.unread)
-            self.unread.view("<u8")[marked] &= ~written.view("<u8")[marked]
+        _leave(self.unread, submitted)
         if self._is_settled:
             self.unaudited[:] = submitted
+            join_bits(self.unaudited, discarded)
         else:
             join_bits(self.unaudited, submitted)
-        join_bits(self.unaudited, discarded)
         self._is_settled = False
 
     def _place(self, kind: Marks) -> bytes:
@@ -480,6 +487,12 @@ class _SharedMap:
         # why: the mapping itself goes with the last array that looks into it; a round may still hold one.
         self._bytes = None
         os.close(self.descriptor)
+
+
+def _leave(bits: Bits, others: Bits) -> None:
+    """Takes out of `bits` what is marked in `others`."""
+    marked = marked_words(bits)
+    bits.view("<u8")[marked] &= ~others.view("<u8")[marked]
 
 
 def _clear(bits: Bits) -> None:

@@ -54,7 +54,8 @@ class KernelTracker:
             for place in (*self._directory.iterdir(), *self._disks.iterdir()):
                 if place.name.endswith(UNFINISHED):
                     remove_pins(place)
-            if not all((current / f"link_{name}").exists() for name in skeleton.programs):
+            links = (f"link_{name}" for name in skeleton.programs)
+            if not all((current / name).exists() for name in (*links, *_names_of(skeleton))):
                 # why: without all links there were writes that nobody saw; disks that new programs do not know begin
                 # anew.
                 remove_pins(current)
@@ -190,9 +191,12 @@ class KernelTracker:
             shifts = disk.layout.sectors_shift, disk.areas.sectors_shift
             followed = _FOLLOWED.pack(device, facts.slot, *shifts, disk.layout.blocks, disk.areas.blocks)
             bpf_calls.update(self._descriptors["followed_disks"], struct.pack("<I", free), followed)
+        if before:
+            # why: these programs count from here on: what the older ones missed since the last audit nobody will miss
+            disk.suspect_generation()
         counters = disk.counters()
         facts.pass_through, facts.beyond_end = counters.pass_through, counters.beyond_end
-        facts.never_completed = counters.never_completed
+        facts.never_completed, facts.untracked = counters.never_completed, counters.untracked
         facts.audit_base = AuditBase.of(disk.read_audit(is_base=True))
         facts.is_unsettled = 1
         disk.write_facts()
@@ -238,7 +242,10 @@ def _marked_in(disk: FollowedDisk, programs: Iterable[Path]) -> MapsInUse:
     """Where these programs, by their directories, mark for the disk."""
     found: MapsInUse = {}
     for place in programs:
-        descriptor = bpf_calls.get_pinned(str(place / "marks_in_use"))
+        try:
+            descriptor = bpf_calls.get_pinned(str(place / "marks_in_use"))
+        except FileNotFoundError:
+            continue  # why: they are gone already, but for what is left of their directory
         try:
             found |= disk.maps_in_use(descriptor)
         finally:
@@ -278,10 +285,15 @@ def _attach(skeleton: Skeleton, place: Path) -> None:
     os.rename(unfinished, place)
 
 
+def _names_of(skeleton: Skeleton) -> tuple[str, ...]:
+    """What an agent opens of them."""
+    return (*skeleton.maps, *(f"program_{program}" for program in skeleton.programs))
+
+
 def _open_programs(skeleton: Skeleton, place: Path) -> dict[str, int]:
     opened: dict[str, int] = {}
     try:
-        for name in (*skeleton.maps, *(f"program_{program}" for program in skeleton.programs)):
+        for name in _names_of(skeleton):
             opened[name] = bpf_calls.get_pinned(str(place / name))
     except BaseException:
         for descriptor in opened.values():

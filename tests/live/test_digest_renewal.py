@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 from mobility_agent.core.extent_set import ExtentSet
 from mobility_agent.tracking.followed_disk import FollowedDisk
 from tests.live.conftest import SIZE_BYTES
-from tests.live.test_bitmap import COMPLETION, attach, detach, write
+from tests.live.test_bitmap import COMPLETION, attach, detach, discard, write
 from tests.live.tracked import MIB, TrackedDisk
 
 BLOCK, DIGEST_BLOCK = 4096, 65536
@@ -97,3 +98,26 @@ def test_what_is_in_flight_keeps_it_unknown(tracked: TrackedDisk, monkeypatch: p
     monkeypatch.setattr(FollowedDisk, "kernel_in_flight", lambda disk: 1)
     tracked.source._renew_digests()
     assert known(tracked) is None
+
+
+@pytest.mark.parametrize("length", [DIGEST_BLOCK, DIGEST_BLOCK // 2])
+def test_what_a_discard_left_on_the_device_is_not_taken_for_what_the_history_holds(
+    tracked: TrackedDisk, tmp_path: Path, length: int
+) -> None:
+    """A device may keep what was discarded; the history does not. What is written there again has to be sent."""
+    place, contents = NUMBER * DIGEST_BLOCK, os.urandom(DIGEST_BLOCK)
+    write(tracked.device, place, contents)
+    tracked.round()
+    tracked.round()
+    discard(tracked.device, place, length)
+    with (tmp_path / "disk.img").open("r+b") as backing:
+        backing.seek(place)
+        backing.write(contents)
+        backing.flush()
+        os.fsync(backing.fileno())
+    for _ in range(5):
+        tracked.round()
+    write(tracked.device, place, contents)
+    tracked.round()
+    assert tracked.copy[place : place + DIGEST_BLOCK] == contents
+    assert tracked.differing_blocks() == []

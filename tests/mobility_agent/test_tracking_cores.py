@@ -20,6 +20,7 @@ from mobility_agent.core.write_audit import (
     AuditFinding,
     AuditReading,
     RoundObservation,
+    is_all_accounted_for,
     judge_audit,
     why_not_still,
 )
@@ -153,4 +154,8 @@ BROKEN: dict[str, Any] = {name: (False if value is True else 1) for name, value 
 def test_only_what_is_wholly_undisturbed_is_still() -> None:
     for choices in itertools.product((False, True), repeat=len(STILL)):
         picked = {name: (BROKEN if is_broken else STILL)[name] for name, is_broken in zip(STILL, choices, strict=True)}
-        assert bool(why_not_still(RoundObservation(**picked))) == any(choices)
+        seen = RoundObservation(**picked)
+        assert bool(why_not_still(seen)) == any(choices)
+        counted = ("was_quiet", "untracked_submissions", "missed_submissions", "never_completed", "is_audit_clean")
+        broken = {name for name, is_broken in zip(STILL, choices, strict=True) if is_broken}
+        assert is_all_accounted_for(seen) == broken.isdisjoint(counted)

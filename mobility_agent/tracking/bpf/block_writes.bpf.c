@@ -43,7 +43,7 @@ struct counters {
 	u64 beyond_end;	     /* changes behind the end of the maps */
 	u64 untracked;	     /* submissions for which there was no room among the changes in flight */
 	u64 foreign;	     /* completions of what was not seen being submitted */
-	u64 never_completed; /* submissions whose bio came again without having been seen completing */
+	u64 never_completed; /* flights whose bio came again, for whichever disk, without having been seen completing */
 	u64 failed;
 	u64 discards;
 	u64 zeroings;
@@ -55,8 +55,11 @@ struct change {
 	u32 flight; /* twice the slot, and the parity of the submission map */
 };
 
-/* Changes in flight whose bios' addresses lead here. A bio's address is even: what is odd here belongs to an odd
- * generation. 0 is a free place. All that the end of a request needs of its bios lies in one line of memory. */
+/* Changes in flight whose bios' addresses lead here: what of an address tells bios apart, the slot of its disk above that
+ * and the parity of its generation below. 0 is a free place. All that the end of a request needs of its bios lies in one
+ * line of memory. */
+#define SLOT_SHIFT 58 /* all addresses in the kernel agree from there on */
+#define ADDRESS ((1ULL << SLOT_SHIFT) - 2)
 struct bucket {
 	u64 bios[BUCKET_CHANGES];
 	struct change changes[BUCKET_CHANGES];
@@ -264,14 +267,13 @@ GLOBAL u32 find(struct bucket *bucket, u64 bio)
 		return BUCKET_CHANGES;
 #pragma unroll
 	for (index = 0; index < BUCKET_CHANGES; index++)
-		if ((bucket->bios[index] & ~1ULL) == bio)
+		if ((bucket->bios[index] & ADDRESS) == (bio & ADDRESS))
 			return index;
 	return BUCKET_CHANGES;
 }
 
-/* Gives the bio, and with it the parity of its generation, a place in the bucket, which does not hold it: where, or
- * BUCKET_CHANGES if it is full. */
-GLOBAL u32 take_place(struct bucket *bucket, u64 bio)
+/* Gives the bio of this flight a place in the bucket, which does not hold it: where, or BUCKET_CHANGES if it is full. */
+GLOBAL u32 take_place(struct bucket *bucket, u64 flying)
 {
 	u32 index;
 
@@ -279,7 +281,7 @@ GLOBAL u32 take_place(struct bucket *bucket, u64 bio)
 		return BUCKET_CHANGES;
 #pragma unroll
 	for (index = 0; index < BUCKET_CHANGES; index++)
-		if (!bucket->bios[index] && !__sync_val_compare_and_swap(&bucket->bios[index], 0, bio))
+		if (!bucket->bios[index] && !__sync_val_compare_and_swap(&bucket->bios[index], 0, flying))
 			return index;
 	return BUCKET_CHANGES;
 }
@@ -301,19 +303,23 @@ INLINE void approach(u64 bio)
 		*(volatile u64 *)&bucket->bios[0];
 }
 
-/* A bio that came again ended its flight unseen, perhaps that of another disk. */
-GLOBAL int end_stale_flight(u32 flight)
+/* A bio that came again ended its flight unseen, perhaps that of another disk, which is told. */
+GLOBAL int end_stale_flight(u64 flying)
 {
-	u32 slot = flight >> 1;
+	u32 slot = flying >> SLOT_SHIFT;
 	struct counters *counters = bpf_map_lookup_elem(&disk_counters, &slot);
 
-	if (counters)
-		COUNT(counters->ended[flight & 1], 1);
+	if (counters) {
+		/* In this order: whoever finds that it has ended finds how. */
+		COUNT(counters->never_completed, 1);
+		COUNT(counters->ended[flying & 1], 1);
+	}
 	return 0;
 }
 
 INLINE void begin_flight(u64 bio, u64 sector, u32 bytes, u32 flight, struct counters *counters)
 {
+	u64 flying = (bio & ADDRESS) | (u64)(flight >> 1) << SLOT_SHIFT | (flight & 1);
 	struct bucket *bucket = bucket_of(bio);
 	struct change *change;
 	u32 index;
@@ -322,11 +328,10 @@ INLINE void begin_flight(u64 bio, u64 sector, u32 bytes, u32 flight, struct coun
 		return;
 	index = find(bucket, bio);
 	if (index < BUCKET_CHANGES) {
-		COUNT(counters->never_completed, 1);
-		end_stale_flight(bucket->changes[index].flight);
-		*(volatile u64 *)&bucket->bios[index] = bio | (flight & 1);
+		end_stale_flight(bucket->bios[index]);
+		*(volatile u64 *)&bucket->bios[index] = flying;
 	} else {
-		index = take_place(bucket, bio | (flight & 1));
+		index = take_place(bucket, flying);
 	}
 	if (index >= BUCKET_CHANGES) {
 		COUNT(counters->untracked, 1);
@@ -339,20 +344,25 @@ INLINE void begin_flight(u64 bio, u64 sector, u32 bytes, u32 flight, struct coun
 	COUNT(counters->begun[flight & 1], 1);
 }
 
-/* Returns whether it was in flight as far as anybody knew. */
-INLINE int finish(u64 bio, struct counters *counters)
+/* Returns whether it was in flight as far as anybody knew, and of this disk. */
+INLINE int finish(u64 bio, u32 slot, struct counters *counters)
 {
 	struct bucket *bucket = bucket_of(bio);
-	u32 index, parity;
+	u64 flying;
+	u32 index;
 
 	if (!bucket)
 		return 0;
 	index = find(bucket, bio);
 	if (index >= BUCKET_CHANGES)
 		return 0;
-	parity = bucket->bios[index] & 1;
+	flying = bucket->bios[index];
 	*(volatile u64 *)&bucket->bios[index] = 0;
-	COUNT(counters->ended[parity], 1);
+	if (flying >> SLOT_SHIFT != slot) {
+		end_stale_flight(flying);
+		return 0;
+	}
+	COUNT(counters->ended[flying & 1], 1);
 	return 1;
 }
 
@@ -447,7 +457,7 @@ SEC("tp_btf/block_split") int follow_split(u64 *context)
 	if (!bucket)
 		return 0;
 	index = find(bucket, whole);
-	if (index >= BUCKET_CHANGES)
+	if (index >= BUCKET_CHANGES || bucket->bios[index] >> SLOT_SHIFT != slot)
 		return 0;
 	known = &bucket->changes[index];
 	bytes = part->bi_iter.bi_size;
@@ -467,6 +477,7 @@ struct walk {
 	u64 finished_sectors;
 	struct counters *counters;
 	u32 place;
+	u32 slot;
 	u32 unknown;
 	u32 is_discard;
 	u32 is_done; /* it did not fail: a discard that failed left what was there */
@@ -483,7 +494,7 @@ INLINE long finish_bio(struct walk *walk, u64 sector, u32 bytes, u64 next)
 	}
 	if (bytes > walk->bytes)
 		return 1; /* the request completes in parts, and this one ends within the bio */
-	if (finish(walk->bio, walk->counters))
+	if (finish(walk->bio, walk->slot, walk->counters))
 		walk->finished_sectors += bytes >> 9;
 	else
 		walk->unknown++;
@@ -509,7 +520,7 @@ static long finish_next_bio(u32 index, struct walk *walk)
 /* is_second: the first program was perhaps run for it as well; what that one finished is not counted again. */
 INLINE void request_completed(struct request *request, u32 is_failed, u32 bytes, struct at_work *work, u32 is_second)
 {
-	u32 operation = request->cmd_flags & 0xff, slot;
+	u32 operation = request->cmd_flags & 0xff;
 	struct walk walk = {};
 	struct gendisk *gendisk;
 	struct bio *bio;
@@ -517,7 +528,7 @@ INLINE void request_completed(struct request *request, u32 is_failed, u32 bytes,
 	gendisk = request->q->disk;
 	if (!gendisk)
 		return;
-	walk.place = follow(gendisk->part0->bd_dev, &slot, &walk.counters);
+	walk.place = follow(gendisk->part0->bd_dev, &walk.slot, &walk.counters);
 	if (!walk.counters)
 		return;
 	if (operation == OPERATION(REQ_OP_DRV_OUT)) {
@@ -566,6 +577,8 @@ INLINE void bio_completed(struct bio *bio, struct at_work *work, u32 is_second)
 	KEEP(sector);
 	KEEP(bytes);
 	index = find(bucket, key);
+	if (index < BUCKET_CHANGES && bucket->bios[index] >> SLOT_SHIFT != slot)
+		index = BUCKET_CHANGES;
 	if (index < BUCKET_CHANGES) { /* a driver may have moved the bio's own iterator meanwhile */
 		sector = bucket->changes[index].sector;
 		bytes = bucket->changes[index].bytes;
@@ -579,7 +592,7 @@ INLINE void bio_completed(struct bio *bio, struct at_work *work, u32 is_second)
 		mark_discard(place, AT_COMPLETION, sector, bytes);
 	else
 		mark(place, AT_COMPLETION, sector, bytes);
-	if (!finish(key, counters) && bytes && !is_second)
+	if (!finish(key, slot, counters) && bytes && !is_second)
 		COUNT(counters->foreign, 1);
 }
 
