@@ -23,6 +23,7 @@ ProcessServerId = NewType("ProcessServerId", str)
 PointId = NewType("PointId", str)
 """All identifiers are 32 lower-case hexadecimal digits: the 16 bytes of a random UUID."""
 
+EPOCH_FIRST: Final = 1
 EPOCH_MAX: Final = 2**32 - 1
 SEQUENCE_MAX: Final = 2**63 - 1
 SEQUENCE_UNKNOWN: Final = SEQUENCE_MAX

@@ -17,7 +17,7 @@ from typing_extensions import Buffer
 
 from protocol.errors import InvalidValue
 from protocol.signed_records import Grant
-from protocol.vocabulary import ChangeSetEnd, DiskId, VaultId
+from protocol.vocabulary import EPOCH_FIRST, SEQUENCE_UNKNOWN, ChangeSetEnd, DiskId, VaultId
 from storage import object_names
 from storage.backends.object_store import ObjectStore
 from storage.errors import (
@@ -32,7 +32,15 @@ from storage.errors import (
     VaultFault,
 )
 from storage.frame_record import FrameRecord, parse_frame_record
-from storage.history import UPLOADS_IN_FLIGHT_MAX, ChainLink, DiskHistory, Finding, chain_history, may_be_under_way
+from storage.history import (
+    UPLOADS_IN_FLIGHT_MAX,
+    ChainLink,
+    DiskHistory,
+    Finding,
+    chain_history,
+    is_passed_over,
+    may_be_under_way,
+)
 from storage.keys import (
     VAULT_BYTES_MAX,
     RecoveryKey,
@@ -68,8 +76,8 @@ class SegmentSummary:
 
     trailer_hash: of the last segment, closing or not: what the next one continues. copy_in_cursor_bytes: the newest
     cursor that was stated near the end, None if none was. successor: whose closing segment ends the epoch, None while
-    it is open. beyond_gap: ordinals that are stored behind a missing one: uploads that were under way, by their owner
-    to be completed.
+    it is open. is_passed_over: it was closed before anybody had begun it. beyond_gap: ordinals that are stored behind a
+    missing one: uploads that were under way, by their owner to be completed.
     """
 
     name: SegmentName
@@ -80,6 +88,7 @@ class SegmentSummary:
     last_end: ChangeSetEnd | None
     copy_in_cursor_bytes: int | None
     successor: Grant | None
+    is_passed_over: bool
     beyond_gap: tuple[int, ...]
 
     @property
@@ -95,7 +104,8 @@ class SegmentSummary:
 class EpochStart:
     """What an epoch continues, and what its first segment (ordinal 1, sequence 1) takes as the previous trailer's hash.
 
-    parent_epoch and parent_sequence are 0 for an epoch that begins at nothing.
+    parent_epoch and parent_sequence are 0 for a disk's first epoch; parent_sequence is SEQUENCE_UNKNOWN behind an epoch
+    that was passed over, so that nothing before it is part of the history.
     """
 
     parent_epoch: int
@@ -193,7 +203,7 @@ class DiskArchive(VaultRecords):
             if last is not None and last.successor is not None:
                 if last.successor != grant:
                     raise HistoryForked(name=str(last.name))
-                return _start_after(grant, last.last_sequence, last.trailer_hash)
+                return _start_after(grant, last.last_sequence, last.trailer_hash, is_passed_over=last.is_passed_over)
             previous = last.trailer_hash if last else await self._start_hash(grant.disk, grant.parent_epoch)
             end = closing_segment(
                 grant=grant,
@@ -208,7 +218,9 @@ class DiskArchive(VaultRecords):
             except HistoryForked as error:
                 fork = error
                 continue
-            return _start_after(grant, last.last_sequence if last else 0, end.trailer_hash)
+            is_new = last is None and previous == NO_TRAILER_HASH
+            sequence = last.last_sequence if last else 0
+            return _start_after(grant, sequence, end.trailer_hash, is_passed_over=is_new)
         raise fork or HistoryForked(name=object_names.epoch_prefix(self._vault, grant.disk, grant.parent_epoch))
 
     async def history(self, disk: DiskId) -> DiskHistory:
@@ -390,6 +402,7 @@ def _summary(found: Sequence[VerifiedSegment], *, beyond_gap: tuple[int, ...]) -
         last_end=last_end,
         copy_in_cursor_bytes=cursor_bytes,
         successor=last.grant if last.is_closing else None,
+        is_passed_over=is_passed_over(last),
         beyond_gap=beyond_gap,
     )
 
@@ -403,9 +416,14 @@ def _cursor_and_end(
     return (cursor_bytes if newest is None else newest), segment.index.end_of(segment.last_sequence)
 
 
-def _start_after(grant: Grant, last_sequence: int, trailer_hash: bytes) -> EpochStart:
+def _start_after(grant: Grant, last_sequence: int, trailer_hash: bytes, *, is_passed_over: bool) -> EpochStart:
+    # why: an epoch that was passed over holds nothing, whatever its owner may have told an agent meanwhile. The first
+    # one holds nothing at its beginning either way.
+    is_unknown = is_passed_over and grant.parent_epoch > EPOCH_FIRST
     return EpochStart(
-        parent_epoch=grant.parent_epoch, parent_sequence=last_sequence, previous_trailer_hash=trailer_hash
+        parent_epoch=grant.parent_epoch,
+        parent_sequence=SEQUENCE_UNKNOWN if is_unknown else last_sequence,
+        previous_trailer_hash=trailer_hash,
     )
 
 

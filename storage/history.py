@@ -128,6 +128,14 @@ def may_be_under_way(missing: int, newest: int, beyond: Iterable[Finding]) -> bo
     return not any(isinstance(finding, VerifiedSegment) and finding.is_closing for finding in beyond)
 
 
+def is_passed_over(first: Finding | None) -> bool:
+    """Whether an epoch with this first segment was closed before anybody had begun it: what continues it begins at
+    nothing."""
+    if not isinstance(first, VerifiedSegment) or not first.is_closing or first.name.ordinal != 1:
+        return False
+    return first.header.previous_trailer_hash == NO_TRAILER_HASH
+
+
 def chain_history(vault: VaultId, disk: DiskId, findings: Mapping[SegmentName, Finding]) -> DiskHistory:
     """The history that `findings`, all that lies under the disk's segment names, prove."""
     chain = _Chain(vault=vault, disk=disk, newest_epoch=max((name.epoch for name in findings), default=0))
@@ -159,7 +167,8 @@ class _Chain:
 
     def follow(self, number: int, findings: Mapping[int, Finding]) -> None:
         """Takes the epoch's segments as far as the chain holds."""
-        opened_by = self.closings.get(number)
+        # why: what names as its successor an epoch that another process server had passed over came too late
+        opened_by = None if is_passed_over(findings.get(1)) else self.closings.get(number)
         if opened_by is None and (cause := self._cause_upstream(findings.get(1))):
             self.faults[number] = cause
             self._note_damage(None, findings, None)

@@ -20,7 +20,7 @@ from protocol.signed_records import (
     sign_machine_description,
     sign_point,
 )
-from protocol.vocabulary import ChangeSetEnd, Consistency, PointId, Position, VaultId
+from protocol.vocabulary import SEQUENCE_UNKNOWN, ChangeSetEnd, Consistency, PointId, Position, VaultId
 from storage import object_names
 from storage.disk_archive import (
     SMALL_OBJECT_BYTES,
@@ -588,6 +588,20 @@ class TestCloseEpoch:
         assert history.damage == ()
         assert history.epochs[3].parent == Position(epoch=2, sequence=0)
         assert len(history.path_to(Position(epoch=3, sequence=2))) == 3
+
+    async def test_what_continues_an_epoch_that_nobody_had_begun_begins_at_nothing(self, archive: DiskArchive) -> None:
+        """Simulation: whoever was to begin it came later, and named it as a successor, and all behind it was lost."""
+        written = await write(archive, SegmentWriter(make_grant()), 2)
+        owner, late = make_grant(epoch=3, parent_epoch=2), make_grant(epoch=2, parent_epoch=1)
+        starts = [await archive.close_epoch(owner, sign_grant(owner, authority()), signing_key(3)) for _ in range(2)]
+        assert {start.parent_sequence for start in starts} == {SEQUENCE_UNKNOWN}
+        writer = SegmentWriter(owner, previous_trailer_hash=starts[0].previous_trailer_hash)
+        await archive.close_epoch(late, sign_grant(late, authority()), signing_key(2))
+        beyond = await write(archive, writer, 1)
+        history = await archive.history(DISK)
+        assert history.damage == ()
+        assert [segment.name for segment in history.path_to(Position(epoch=3, sequence=2))] == [beyond[0].end.name]
+        assert len(history.path_to(Position(epoch=1, sequence=4))) == len(written)
 
     async def test_an_epoch_closed_for_another_is_a_fork(self, archive: DiskArchive) -> None:
         await write(archive, SegmentWriter(make_grant()), 2)
