@@ -42,7 +42,8 @@ class DiskCheckpoint:
     or what the epoch's first segment names as its predecessor. committed_ordinal: of the newest segment known to be
     readable in the store; at the start of an epoch the same as ordinal. cursor: the newest copy-in cursor, None if none
     was stated. must_be_left: the cache of this epoch was lost, and uploads of what it held may still arrive: only its
-    closing segment ends it.
+    closing segment ends it. is_forked: the store was found to hold other segments of this epoch than this cache; what
+    the agent knows of its contents is of no use.
     """
 
     disk: DiskId
@@ -56,6 +57,7 @@ class DiskCheckpoint:
     copy_in_cursor_bytes: int | None
     unreported_points: tuple[CachedPoint, ...] = ()
     must_be_left: bool = False
+    is_forked: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +116,7 @@ def encode_checkpoint(checkpoint: DiskCheckpoint) -> bytes:
                 checkpoint.copy_in_cursor_bytes,
                 [_point_fields(point) for point in checkpoint.unreported_points],
                 checkpoint.must_be_left,
+                checkpoint.is_forked,
             ]
         ),
     )
@@ -124,7 +127,8 @@ def decode_checkpoint(record: LocatedRecord, data: Buffer) -> DiskCheckpoint:
     name = file_name(record.location.file_number)
     fields = _unpack(data, name)
     try:
-        parent_epoch, parent_sequence, committed_ordinal, sequence, trailer_hash, cursor, points, must_be_left = fields
+        parent_epoch, parent_sequence, committed_ordinal, sequence, trailer_hash, cursor, points, *flags = fields
+        must_be_left, is_forked = flags
         return DiskCheckpoint(
             disk=record.disk,
             epoch=record.epoch,
@@ -137,6 +141,7 @@ def decode_checkpoint(record: LocatedRecord, data: Buffer) -> DiskCheckpoint:
             copy_in_cursor_bytes=cursor,
             unreported_points=tuple(_point(point) for point in points),
             must_be_left=bool(must_be_left),
+            is_forked=bool(is_forked),
         )
     except (TypeError, ValueError, InvalidValue) as error:
         raise CacheDamaged(name=name, reason=f"a position record is malformed: {error}") from error

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
 from process_server.cache import Cache
 from process_server.cache_items import CloseItem, FrameItem, RecordItem
-from process_server.cache_log import RecordKind, cache_record
+from process_server.cache_log import CacheRecord, RecordKind, cache_record
 from process_server.cache_records import CachedPoint, ClosedSegmentRecord, DiskCheckpoint, encode_checkpoint
 from process_server.cache_recovery import CachedSegment, RecoveredDisk
 from process_server.cache_writer import CacheWriter
@@ -292,6 +292,7 @@ class DiskHistory:
     def recover(self, recovered: RecoveredDisk) -> None:
         """Takes over what the cache holds after a restart. A segment in work is closed by whoever calls this."""
         self.position = self.prepared = recovered.position
+        self.forked_epoch = recovered.position.epoch if recovered.position.is_forked else None
         self._add_points(recovered.position.unreported_points)
         self.waiting = list(recovered.waiting)
         for segment in (*self.waiting, *([recovered.work] if recovered.work else [])):
@@ -335,9 +336,7 @@ class DiskHistory:
         self.prepared = position
         self.positions = DiskPositions.at(position.epoch, durable=position.sequence, committed=position.sequence)
         self._durable_cursor_bytes = position.copy_in_cursor_bytes
-        record = cache_record(
-            RecordKind.POSITION, self.disk, position.epoch, position.ordinal, encode_checkpoint(position)
-        )
+        record = _position_record(position)
         self._tools.writer.put(RecordItem([record], lambda: self._position_durable(position)))
         self._move(DiskEvent.POSITION_FOUND)
 
@@ -364,11 +363,20 @@ class DiskHistory:
         if self.state is not DiskState.STOPPED:
             self._tools.metrics.stopped_disks.inc()
             self.stopped_epoch = self.position.epoch if self.position else 0
-        if isinstance(error, HistoryForked) and self.positions is not None:
-            self.forked_epoch = self.positions.epoch
+        if isinstance(error, HistoryForked) and self.position is not None:
+            self._keep_fork(self.position)
         self.stop_reason = DiskStopped(disk=self.disk, reason_code=error.code, reason=str(error))
         self._end(DiskEvent.SUPERSEDED, self.stop_reason)
         self._drop_waiting()
+
+    def _keep_fork(self, position: DiskCheckpoint) -> None:
+        """Also a process that starts after this one leaves the epoch, and knows why."""
+        self.forked_epoch = position.epoch
+        # why: nothing waits any more, and what is left of this epoch is the store's
+        self.position = dataclasses.replace(
+            position, committed_ordinal=position.ordinal, must_be_left=True, is_forked=True
+        )
+        self._tools.writer.put(RecordItem([_position_record(self.position)], lambda: None))
 
     def regrant(self) -> None:
         """A grant of a higher epoch came: the store says where the history stands by now."""
@@ -404,3 +412,9 @@ class DiskHistory:
     def _tell_positions(self) -> None:
         if self._holder is not None:
             self._holder.positions_changed(self)
+
+
+def _position_record(position: DiskCheckpoint) -> CacheRecord:
+    return cache_record(
+        RecordKind.POSITION, position.disk, position.epoch, position.ordinal, encode_checkpoint(position)
+    )
