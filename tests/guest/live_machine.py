@@ -71,12 +71,12 @@ class LiveDisk:
     restart_cause: ResyncCause | None
     """Why decision 0012 has it compared after a clean restart; None: it goes on without."""
     resent_bytes_max: int
-    """A comparison sends less: what differs, and blocks of 64 KiB of which only a part was sent before. About half of
-    what the root disk holds; of the others the writers may have touched much."""
+    """A comparison sends less: what differs, and blocks of 64 KiB of which only a part was sent before. The root disk
+    holds five times as much; of the others the writers may have touched much."""
 
 
 DISKS: Final = (
-    LiveDisk(name="root", path="/dev/vda", restart_cause=ResyncCause.IN_USE_AT_STOP, resent_bytes_max=224 * 2**20),
+    LiveDisk(name="root", path="/dev/vda", restart_cause=ResyncCause.IN_USE_AT_STOP, resent_bytes_max=96 * 2**20),
     LiveDisk(
         name="lvm", path="/dev/vdb", restart_cause=ResyncCause.UNWITNESSED_CONTENTS, resent_bytes_max=LVM_BYTES // 2
     ),
