@@ -73,7 +73,7 @@ class RoundObservation:
     was_quiet: bool
     """Every write submitted before the swap was known to have completed before the first read."""
     rewritten_areas: int
-    """Blocks of the round that were marked at submission since the swap."""
+    """Areas with a block of the round that were marked at submission since the swap."""
     foreign_completions: int
     """Completions of writes that nobody saw being submitted."""
     untracked_submissions: int
