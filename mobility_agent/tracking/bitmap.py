@@ -140,8 +140,8 @@ class BitmapSource:
             with self._pending_lock:
                 # why: when track is lost everything is pending, also what frames that are still on their way carry
                 if not self._tracked.facts.resync_cause:
-                    for window, mask in receipt.sent:
-                        self._tracked.layout.clear(self._tracked.pending, window, mask)
+                    for windows, masks in receipt.sent:
+                        self._tracked.layout.clear_masks(self._tracked.pending, windows, masks)
         self._sent_sequence = sequence
 
     def acknowledged(self, sequence: int) -> None:

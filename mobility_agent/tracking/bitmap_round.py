@@ -9,7 +9,7 @@ it read enough of them, and says at its end whether what it read is the disk at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -17,8 +17,8 @@ import numpy
 
 from mobility_agent.core.change_sets import Change, FramePacker
 from mobility_agent.core.write_audit import RoundObservation, is_all_accounted_for, why_not_still
-from mobility_agent.ports import SourceDisk
-from mobility_agent.tracking.block_bits import WINDOW_BYTES, Mask, bits_like, mark_areas
+from mobility_agent.disk_reader import LocalDisk
+from mobility_agent.tracking.block_bits import WINDOW_BYTES, Mask, Numbers, bits_like, groups_of
 from mobility_agent.tracking.change_source import Promise, RoundEnd, SourceFrame
 from mobility_agent.tracking.digest_file import DigestFile
 from mobility_agent.tracking.followed_disk import Counters, FollowedDisk, Marks
@@ -26,6 +26,9 @@ from mobility_agent.tracking.scan import STEP_BYTES_MAX, is_zero, moved
 from protocol.vocabulary import DIGEST_BLOCK_BYTES, FRAME_EXTENTS_MAX, ChangeKind
 
 DIGEST_BLOCKS: Final = WINDOW_BYTES // DIGEST_BLOCK_BYTES
+BATCH_WINDOWS_MIN: Final = 16
+BATCH_WINDOWS_MAX: Final = 256
+"""What is sent of so many fits a frame: besides 1 MiB of data no more than eight discarded ranges of each."""
 READ_GAP_BYTES_MAX: Final = 16 * 1024
 """What lies between two marked blocks is read with them if it is no more: one read is cheaper than two."""
 
@@ -37,8 +40,8 @@ class Receipt:
     digests: list[tuple[int, bytes]] = field(default_factory=list)
     unknown: list[int] = field(default_factory=list)
     """Digest blocks of which no digest can be recorded."""
-    sent: list[tuple[int, Mask]] = field(default_factory=list)
-    """(window, its blocks)"""
+    sent: list[tuple[Numbers, Mask]] = field(default_factory=list)
+    """(windows, the blocks of each)"""
 
     def __iadd__(self, other: Receipt) -> Receipt:
         self.digests += other.digests
@@ -48,8 +51,55 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Runs:
+    """Bytes [first, end) of a disk, ascending and disjoint."""
+
+    first: Numbers
+    end: Numbers
+
+    @property
+    def lengths(self) -> Numbers:
+        return self.end - self.first
+
+    @property
+    def places(self) -> Numbers:
+        """Where each is if they lie one behind the other."""
+        lengths = self.lengths
+        return numpy.cumsum(lengths) - lengths
+
+    def joined(self, gap_bytes: int) -> Runs:
+        """With those in one, of the same window, between which lies no more than that."""
+        is_begin = (self.first[1:] - self.end[:-1] > gap_bytes) | (
+            self.first[1:] // WINDOW_BYTES != self.first[:-1] // WINDOW_BYTES
+        )
+        begins = numpy.concatenate([[True], is_begin])[: len(self.first)]
+        ends = numpy.concatenate([is_begin, [True]])[: len(self.first)]
+        return Runs(first=self.first[begins], end=self.end[ends])
+
+    def before(self, end_bytes: int) -> Runs:
+        """Those that end there or earlier."""
+        count = int(numpy.searchsorted(self.end, end_bytes, side="right"))
+        return Runs(first=self.first[:count], end=self.end[:count])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Batch:
+    """Marked windows that are dealt with together, and their masks, a row each."""
+
+    windows: Numbers
+    pending: Mask
+    marked: Mask
+    """Those of pending that are read; the others go out as discarded."""
+    reads: Runs
+
+    @property
+    def read_bytes(self) -> int:
+        return int(self.reads.lengths.sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Finding:
-    """What one window's comparison found."""
+    """What the comparison of a batch found."""
 
     changes: list[Change]
     receipt: Receipt
@@ -88,7 +138,7 @@ class BitmapRound:
     def __init__(
         self,
         owner: RoundOwner,
-        source: SourceDisk,
+        source: LocalDisk,
         digests: DigestFile,
         tracked: FollowedDisk,
         *,
@@ -108,6 +158,7 @@ class BitmapRound:
         self._has_unread = bool(tracked.unread.any())
         self._windows = self._layout.marked_windows(tracked.pending, first_bytes=first_bytes).astype(numpy.uint32)
         self._next = 0
+        self._batch_windows = BATCH_WINDOWS_MIN
         self._compared_to_bytes = first_bytes
         self._is_given_up = False
         self._observed: RoundObservation | None = None
@@ -187,119 +238,126 @@ class BitmapRound:
         )
 
     def _compare(self, buffer: memoryview) -> _Finding:
-        """Reads what is marked of the next window."""
-        window = int(self._windows[self._next])
-        first = window * WINDOW_BYTES
-        length = min(WINDOW_BYTES, self._layout.size_bytes - first)
-        pending = self._layout.mask_of(self._tracked.pending, window)
-        unread = pending & self._unread(window) if self._has_unread else None
+        """Reads what is marked of the next windows, one piece behind the other into the buffer, all at once."""
+        batch = self._next_batch(len(buffer))
+        layout = self._layout
         # why: before it is read: what is submitted to from the swap on and lies in one of these was perhaps read
-        mark_areas(self._areas.window_of(self._taken, window), pending, self._tracked.blocks_per_area)
-        marked = pending if unread is None else pending & ~unread
-        runs = ranges(marked)
-        read = self._read(first, length, runs, buffer)
-        self._next += 1
-        self._compared_to_bytes = first + length
-        receipt, sent = Receipt(), pending
-        unchanged = self._sort_out(window, buffer[:length], marked, read, receipt)
+        self._areas.mark_masks(self._taken, batch.windows, groups_of(batch.pending, self._tracked.blocks_per_area))
+        self._source.read_pieces(batch.reads.first, batch.reads.lengths, buffer)
+        self.read_bytes += batch.read_bytes
+        self._next += len(batch.windows)
+        self._compared_to_bytes = min((int(batch.windows[-1]) + 1) * WINDOW_BYTES, layout.size_bytes)
+        receipt, marked, sent = Receipt(), batch.marked, batch.pending
+        unchanged = self._sort_out(batch, buffer, receipt)
         if unchanged is not None:
-            self._layout.clear(self._tracked.pending, window, unchanged)
-            runs, sent = ranges(marked & ~unchanged), pending & ~unchanged
-        whole = {block for block, _ in receipt.digests}
-        receipt.unknown += [block for block in self._digest_blocks(window, runs) if block not in whole]
-        changes = self._changes(buffer[:length], first, runs)
-        if unread is not None and (discarded := ranges(unread)):
+            layout.clear_masks(self._tracked.pending, batch.windows, unchanged)
+            marked, sent = marked & ~unchanged, sent & ~unchanged
+        runs = self._runs(batch.windows, marked)
+        receipt.unknown = numpy.setdiff1d(
+            self._digest_blocks(batch.windows, marked),
+            numpy.array([block for block, _ in receipt.digests], numpy.int64),
+        ).tolist()
+        changes = list(self._changes(buffer, runs, batch.reads))
+        unread = batch.pending & ~batch.marked
+        if self._has_unread and unread.any():
             # why: what is read of them may be anything; the history holds zeroes, with which it will be compared
             receipt.digests += [
-                (block, self._digests.zero_digest(block)) for block in self._digest_blocks(window, discarded)
+                (block, self._digests.zero_digest(block))
+                for block in self._digest_blocks(batch.windows, unread).tolist()
             ]
-            changes = sorted([*changes, *self._discards(first, discarded)], key=lambda change: change.offset_bytes)
+            changes += self._discards(self._runs(batch.windows, unread))
+            changes.sort(key=lambda change: change.offset_bytes)
         if changes:
-            receipt.sent.append((window, sent))
+            receipt.sent.append((batch.windows, sent))
         return _Finding(changes=changes, receipt=receipt, raw_bytes=sum(change.raw_bytes for change in changes))
 
-    def _unread(self, window: int) -> Mask:
-        """The blocks of the window that go out as discarded: of digest blocks that were discarded as a whole."""
-        areas = self._areas.mask_of(self._tracked.unread, window).reshape(DIGEST_BLOCKS, -1)
-        return areas.all(axis=1).repeat(self._layout.digest_blocks)
+    def _next_batch(self, buffer_bytes: int) -> _Batch:
+        """As many windows, at least one, as there is room for what is read of them."""
+        windows = self._windows[self._next : self._next + self._batch_windows].astype(numpy.int64)
+        pending = self._layout.masks_of(self._tracked.pending, windows)
+        marked = pending & ~self._unread(windows) if self._has_unread else pending
+        reads = self._runs(windows, marked).joined(READ_GAP_BYTES_MAX)
+        room = numpy.searchsorted(numpy.cumsum(reads.lengths), buffer_bytes, side="right")
+        if room < len(reads.first):
+            count = max(1, int(numpy.searchsorted(windows, reads.first[room] // WINDOW_BYTES)))
+            windows, pending, marked = windows[:count], pending[:count], marked[:count]
+            reads = reads.before(int(windows[-1] + 1) * WINDOW_BYTES)
+        # why: where much is marked hardly more is looked at than is taken
+        self._batch_windows = min(2 * len(windows), BATCH_WINDOWS_MAX)
+        return _Batch(windows=windows, pending=pending, marked=marked, reads=reads)
 
-    def _read(
-        self, first_bytes: int, length_bytes: int, marked: list[tuple[int, int]], buffer: memoryview
-    ) -> list[tuple[int, int]]:
-        """Reads the marked blocks of a window to their places in the buffer, and what lies between near ones; returns
-        the [first, end) bytes of the window that were read."""
-        size, read = self._layout.block_bytes, list[tuple[int, int]]()
-        for low, high in marked:
-            at, end = low * size, min(high * size, length_bytes)
-            if read and at - read[-1][1] <= READ_GAP_BYTES_MAX:
-                read[-1] = (read[-1][0], end)
-            elif at < end:
-                read.append((at, end))
-        for at, end in read:
-            self._source.read_into(first_bytes + at, buffer[at:end])
-            self.read_bytes += end - at
-        return read
+    def _unread(self, windows: Numbers) -> Mask:
+        """The blocks of these windows that go out as discarded: of digest blocks that were discarded as a whole."""
+        areas = self._areas.masks_of(self._tracked.unread, windows).reshape(len(windows), DIGEST_BLOCKS, -1)
+        return areas.all(axis=2).repeat(self._layout.digest_blocks, axis=1)
 
-    def _sort_out(
-        self, window: int, view: memoryview, marked: Mask, read: list[tuple[int, int]], receipt: Receipt
-    ) -> Mask | None:
+    def _runs(self, windows: Numbers, masks: Mask) -> Runs:
+        """Of the blocks that the masks name, up to the disk's end; none goes from one window into the next."""
+        size = self._layout.block_bytes
+        edges = numpy.diff(masks.astype(numpy.int8), axis=1, prepend=0, append=0)
+        rows, places = numpy.nonzero(edges > 0)
+        _, ends = numpy.nonzero(edges < 0)
+        first, end = windows[rows] * WINDOW_BYTES + places * size, windows[rows] * WINDOW_BYTES + ends * size
+        return Runs(first=first, end=numpy.minimum(end, self._layout.size_bytes))
+
+    def _sort_out(self, batch: _Batch, buffer: memoryview, receipt: Receipt) -> Mask | None:
         """Which of the marked blocks the history holds as they are; None for none. The receipt gets the digests of
         the digest blocks that will be sent as a whole."""
-        whole = [
-            index
-            for at, end in read
-            for index in range(-(-at // DIGEST_BLOCK_BYTES), -(-end // DIGEST_BLOCK_BYTES))
-            if min((index + 1) * DIGEST_BLOCK_BYTES, len(view)) <= end
-        ]
-        base = window * DIGEST_BLOCKS
-        if not whole:
-            return None
-        known = self._digests.known(base + whole[0], base + whole[-1] + 1)
-        unchanged: Mask = numpy.zeros_like(marked)
-        for index in whole:
-            block = view[index * DIGEST_BLOCK_BYTES : (index + 1) * DIGEST_BLOCK_BYTES]
-            digest = self._digests.zero_digest(base + index) if is_zero(block) else self._digests.digest(block)
-            places = slice(index * self._layout.digest_blocks, (index + 1) * self._layout.digest_blocks)
-            if digest == known[index - whole[0]]:
-                unchanged[places] = marked[places]
-            elif marked[places][: -(-len(block) // self._layout.block_bytes)].all():
-                receipt.digests.append((base + index, digest))
+        unchanged: Mask | None = None
+        reads, size = batch.reads, self._layout.digest_blocks
+        low = -(-reads.first // DIGEST_BLOCK_BYTES)
+        # why: the last one of the disk may be short
+        high = numpy.where(
+            reads.end == self._layout.size_bytes, -(-reads.end // DIGEST_BLOCK_BYTES), reads.end // DIGEST_BLOCK_BYTES
+        )
+        places = reads.places
+        for number in numpy.flatnonzero(low < high).tolist():
+            first, end = int(low[number]), int(high[number])
+            row = int(numpy.searchsorted(batch.windows, first // DIGEST_BLOCKS))
+            at = int(places[number] - reads.first[number])
+            for index, known in zip(range(first, end), self._digests.known(first, end), strict=True):
+                begin = at + index * DIGEST_BLOCK_BYTES
+                block = buffer[begin : min(begin + DIGEST_BLOCK_BYTES, at + int(reads.end[number]))]
+                digest = self._digests.zero_digest(index) if is_zero(block) else self._digests.digest(block)
+                columns = slice(index % DIGEST_BLOCKS * size, (index % DIGEST_BLOCKS + 1) * size)
+                marked = batch.marked[row, columns]
+                if digest == known:
+                    if unchanged is None:
+                        unchanged = numpy.zeros_like(batch.marked)
+                    unchanged[row, columns] = marked
+                elif marked[: -(-len(block) // self._layout.block_bytes)].all():
+                    receipt.digests.append((index, digest))
         return unchanged
 
-    def _digest_blocks(self, window: int, runs: list[tuple[int, int]]) -> list[int]:
-        """Those that the blocks of the window touch."""
-        base, size = window * DIGEST_BLOCKS, self._layout.digest_blocks
-        found = {base + place for low, high in runs for place in range(low // size, (high - 1) // size + 1)}
-        return sorted(found)
+    def _digest_blocks(self, windows: Numbers, masks: Mask) -> Numbers:
+        """Those that the blocks touch which the masks name, ascending."""
+        rows, places = numpy.nonzero(groups_of(masks, self._layout.digest_blocks))
+        return windows[rows] * DIGEST_BLOCKS + places
 
-    def _discards(self, first_bytes: int, discarded: list[tuple[int, int]]) -> list[Change]:
+    def _discards(self, discarded: Runs) -> list[Change]:
         """Nothing of them is read: what they hold is undefined until it is written."""
-        size, end = self._layout.block_bytes, self._layout.size_bytes - first_bytes
         return [
-            Change(
-                offset_bytes=first_bytes + low * size,
-                length_bytes=min(high * size, end) - low * size,
-                kind=ChangeKind.DISCARDED,
-            )
-            for low, high in discarded
+            Change(offset_bytes=first, length_bytes=end - first, kind=ChangeKind.DISCARDED)
+            for first, end in zip(discarded.first.tolist(), discarded.end.tolist(), strict=True)
         ]
 
-    def _changes(self, view: memoryview, first_bytes: int, marked: list[tuple[int, int]]) -> list[Change]:
-        """The marked parts of a window: zeroes are told from data digest block by digest block, or by less."""
-        found: list[Change] = []
-        for low, high in marked:
-            at, end = low * self._layout.block_bytes, min(high * self._layout.block_bytes, len(view))
+    def _changes(self, buffer: memoryview, marked: Runs, reads: Runs) -> Iterator[Change]:
+        """What was read of the marked blocks: zeroes are told from data digest block by digest block, or by less."""
+        number = numpy.searchsorted(reads.first, marked.first, side="right") - 1
+        places = reads.places[number] + marked.first - reads.first[number]
+        for first, end, place in zip(marked.first.tolist(), marked.end.tolist(), places.tolist(), strict=True):
+            shift, start, at = place - first, first, first
+            kind: ChangeKind | None = None
             while at < end:
                 piece_end = min((at // DIGEST_BLOCK_BYTES + 1) * DIGEST_BLOCK_BYTES, end)
-                kind = ChangeKind.ZEROES if is_zero(view[at:piece_end]) else ChangeKind.DATA
-                start = at
-                if found and found[-1].kind is kind and found[-1].end_bytes == first_bytes + at:
-                    start = found.pop().offset_bytes - first_bytes
-                data = view[start:piece_end] if kind is ChangeKind.DATA else None
-                length = piece_end - start
-                found.append(Change(offset_bytes=first_bytes + start, length_bytes=length, kind=kind, data=data))
-                at = piece_end
-        return found
+                is_empty = is_zero(buffer[at + shift : piece_end + shift])
+                found = ChangeKind.ZEROES if is_empty else ChangeKind.DATA
+                if kind is not None and found is not kind:
+                    yield _change(buffer, start, at, shift, kind)
+                    start = at
+                kind, at = found, piece_end
+            if kind is not None:
+                yield _change(buffer, start, end, shift, kind)
 
     def _frame(self, packer: FramePacker, receipt: Receipt, buffer_index: int, compared_to: int) -> SourceFrame:
         packed = packer.frame()
@@ -311,13 +369,7 @@ class BitmapRound:
         )
 
 
-def ranges(mask: Mask) -> list[tuple[int, int]]:
-    """[first, end) of the runs of True."""
-    places = numpy.flatnonzero(mask).tolist()
-    found: list[tuple[int, int]] = []
-    for place in places:
-        if found and found[-1][1] == place:
-            found[-1] = (found[-1][0], place + 1)
-        else:
-            found.append((place, place + 1))
-    return found
+def _change(buffer: memoryview, first: int, end: int, shift: int, kind: ChangeKind) -> Change:
+    """Of the bytes [first, end) of the disk, which are `shift` further on in the buffer."""
+    data = buffer[first + shift : end + shift] if kind is ChangeKind.DATA else None
+    return Change(offset_bytes=first, length_bytes=end - first, kind=kind, data=data)

@@ -30,6 +30,7 @@ ROWS_MAX: Final = 2**16
 
 Bits = numpy.typing.NDArray[numpy.uint8]
 Mask = numpy.typing.NDArray[numpy.bool_]
+Numbers = numpy.typing.NDArray[numpy.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,21 +74,18 @@ class BlockLayout:
         """Blocks per digest block."""
         return DIGEST_BLOCK_BYTES // self.block_bytes
 
-    def window_of(self, bits: Bits, window: int) -> Bits:
-        """The bytes of one window."""
-        width = self.window_blocks // 8
-        return bits[window * width : (window + 1) * width]
-
     def mask_of(self, bits: Bits, window: int) -> Mask:
         """Per block of one window whether it is marked."""
-        return numpy.unpackbits(self.window_of(bits, window), bitorder="little").astype(bool)
+        return numpy.unpackbits(self._rows_of(bits)[window], bitorder="little").astype(bool)
 
-    def marked_windows(self, bits: Bits, *, first_bytes: int = 0) -> numpy.typing.NDArray[numpy.int64]:
+    def masks_of(self, bits: Bits, windows: Numbers) -> Mask:
+        """The same of several windows, a row each."""
+        return numpy.unpackbits(self._rows_of(bits)[windows], axis=1, bitorder="little").astype(bool)
+
+    def marked_windows(self, bits: Bits, *, first_bytes: int = 0) -> Numbers:
         """Those with a mark, ascending, from the one that holds first_bytes on."""
-        width = self.window_blocks // 8
         first = first_bytes // WINDOW_BYTES
-        rows = bits[first * width : self.windows * width].reshape(-1, width)
-        return numpy.flatnonzero(rows.any(axis=1)) + first
+        return numpy.flatnonzero(self._rows_of(bits)[first:].any(axis=1)) + first
 
     def mark(self, bits: Bits, extents: ExtentSet) -> None:
         """All blocks that the extents touch."""
@@ -98,10 +96,18 @@ class BlockLayout:
     def mark_all(self, bits: Bits) -> None:
         _mark_range(bits, 0, self.blocks)
 
-    def clear(self, bits: Bits, window: int, mask: Mask) -> None:
-        """The blocks of one window that the mask names."""
-        view = self.window_of(bits, window)
-        view &= ~numpy.packbits(mask, bitorder="little")
+    def clear_masks(self, bits: Bits, windows: Numbers, masks: Mask) -> None:
+        """The blocks of these windows that the masks name, a row each."""
+        self._rows_of(bits)[windows] &= ~numpy.packbits(masks, axis=1, bitorder="little")
+
+    def _rows_of(self, bits: Bits) -> Bits:
+        """The bytes of each window as a row."""
+        width = self.window_blocks // 8
+        return bits[: self.windows * width].reshape(-1, width)
+
+    def mark_masks(self, bits: Bits, windows: Numbers, masks: Mask) -> None:
+        """The blocks of these windows that the masks name, a row each."""
+        self._rows_of(bits)[windows] |= numpy.packbits(masks, axis=1, bitorder="little")
 
     def cut(self, bits: Bits) -> None:
         """Clears what is marked behind the disk's end."""
@@ -128,7 +134,7 @@ def join_bits(bits: Bits, more: Bits) -> None:
     bits.view("<u8")[marked] |= more.view("<u8")[marked]
 
 
-def marked_words(bits: Bits) -> numpy.typing.NDArray[numpy.int64]:
+def marked_words(bits: Bits) -> Numbers:
     """The numbers of the words of 64 bits with a mark."""
     # why: numpy counts first and collects then, and raises if the kernel has marked more in between
     return numpy.flatnonzero(bits.view("<u8") != 0)
@@ -157,9 +163,10 @@ def leave_areas(areas: Bits, bits: Bits, blocks_per_area: int) -> None:
         areas[rows] &= ~numpy.packbits(marked.any(axis=2), axis=1, bitorder="little")[:, 0]
 
 
-def mark_areas(areas: Bits, mask: Mask, blocks_per_area: int) -> None:
-    """Marks in `areas`, which are those of one window, the areas of the blocks that the mask names."""
-    areas |= numpy.packbits(mask.reshape(-1, blocks_per_area).any(axis=1), bitorder="little")
+def groups_of(masks: Mask, blocks_per_group: int) -> Mask:
+    """Of masks of blocks, a row a window: which groups of neighbours, as areas or digest blocks, have one of them."""
+    groups = masks.reshape(len(masks), -1, blocks_per_group)
+    return numpy.logical_or.reduce(groups, axis=2)  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -169,7 +176,7 @@ def _blocks_of(blocks_per_area: int) -> Bits:
     return numpy.packbits(areas.repeat(blocks_per_area, axis=1), axis=1, bitorder="little")
 
 
-def _rows(areas: Bits) -> Iterator[numpy.typing.NDArray[numpy.int64]]:
+def _rows(areas: Bits) -> Iterator[Numbers]:
     """The numbers of the bytes with a mark, so many at a time."""
     # why != 0: see marked_words
     marked = numpy.flatnonzero(areas != 0)

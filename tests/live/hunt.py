@@ -275,6 +275,7 @@ def read_through_the_page_cache(tracked: TrackedDisk) -> None:
             os.close(descriptor)
 
     _patch(type(tracked.disk), "read_into", read_into)
+    _patch(type(tracked.disk), "_parallel_reads", lambda self: None)
 
 
 def forget_the_retired_map_early(tracked: TrackedDisk) -> None:
@@ -293,11 +294,9 @@ def forget_the_retired_map_early(tracked: TrackedDisk) -> None:
         return begun
 
     def compare(self: BitmapRound, buffer: memoryview) -> Any:
-        window = int(self._windows[self._next])
-        pending = self._layout.window_of(self._tracked.pending, window)
-        pending[:] = self._layout.window_of(taken, window)
+        self._tracked.pending[:] = taken
         found = original(self, buffer)
-        pending[:] = 0
+        self._tracked.pending[:] = 0
         return found
 
     _patch(bitmap.BitmapSource, "begin_round", begin_round)

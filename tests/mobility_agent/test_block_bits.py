@@ -17,11 +17,11 @@ from mobility_agent.tracking.block_bits import (
     WINDOW_BYTES,
     BlockLayout,
     bits_like,
+    groups_of,
     join_areas,
     join_bits,
     join_within,
     leave_areas,
-    mark_areas,
 )
 from protocol.vocabulary import DIGEST_BLOCK_BYTES
 
@@ -68,8 +68,10 @@ def test_marks_are_where_a_set_has_them(
     windows = layout.marked_windows(bits, first_bytes=min(first_bytes, size_bytes)).tolist()
     expected = {block // layout.window_blocks for block in model}
     assert windows == sorted(window for window in expected if window >= min(first_bytes, size_bytes) // WINDOW_BYTES)
+    masks = layout.masks_of(bits, numpy.arange(layout.windows))
     for window in range(layout.windows):
         mask = layout.mask_of(bits, window)
+        assert (mask == masks[window]).all()
         base = window * layout.window_blocks
         assert {base + at for at in numpy.flatnonzero(mask).tolist()} == {b for b in model if b // len(mask) == window}
     assert layout.count_common(bits, bits) == len(model)
@@ -82,8 +84,7 @@ def test_a_mask_clears_what_it_names(before: set[int], cleared: set[int]) -> Non
     layout.mark(bits, ExtentSet.of([((256 + block) * 4096, (257 + block) * 4096) for block in before]))
     mask = numpy.zeros(256, bool)
     mask[list(cleared)] = True
-    layout.clear(bits, 0, mask)
-    layout.clear(bits, 1, mask)
+    layout.clear_masks(bits, numpy.array([0, 1]), numpy.array([mask, mask]))
     assert marked(layout, bits) == {256 + block for block in before - cleared}
 
 
@@ -134,8 +135,8 @@ def test_areas_and_blocks_are_what_sets_make_of_them(
     assert numbers(left) == areas - {block // ratio for block in blocks}
     mask = numpy.zeros(2048, bool)
     mask[list(blocks)] = True
-    mark_areas(kept, mask, ratio)
-    assert numbers(kept) == areas | {block // ratio for block in blocks}
+    found = groups_of(mask.reshape(8, 256), ratio)
+    assert set(numpy.flatnonzero(found).tolist()) == {block // ratio for block in blocks}
 
 
 @given(st.integers(1, 2 * WINDOW_BYTES))

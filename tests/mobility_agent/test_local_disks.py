@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import shutil
@@ -11,18 +12,23 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
+import numpy
 import pytest
 
+from mobility_agent import disk_reader
 from mobility_agent.disk_identity import check_same_disk, whole_disks
 from mobility_agent.disk_reader import LocalDisk
 from mobility_agent.errors import (
     DiskNotSupported,
     DiskReplaced,
     DiskResized,
+    DiskUnreadable,
     DiskVanished,
     NotProvedStill,
 )
+from mobility_agent.parallel_reads import READS_MAX, ParallelReads
 from mobility_agent.tracking import stillness
 from protocol.control import DiskKind
 
@@ -244,6 +250,58 @@ def test_a_block_device_is_read_past_the_page_cache_and_known_by_its_marks(loop:
     assert disk.identity.size_bytes == 8 * MIB
     assert disk.sector_bytes in (512, 4096)
     disk.check()
+    disk.close()
+
+
+PIECES = [(first, length) for first in range(0, 7 * MIB, 40960) for length in (4096, 512)]
+"""More than are under way at once."""
+
+
+def read_pieces(disk: LocalDisk, pieces: list[tuple[int, int]]) -> bytes:
+    buffer = memoryview(mmap.mmap(-1, MIB))
+    disk.read_pieces(numpy.array([first for first, _ in pieces]), numpy.array([length for _, length in pieces]), buffer)
+    return bytes(buffer[: sum(length for _, length in pieces)])
+
+
+@pytest.mark.parametrize("limit", [None, OSError(errno.EAGAIN, "too many"), OSError(errno.ENOSYS, "none")])
+def test_many_pieces_are_read_one_behind_the_other(
+    loop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: OSError | None
+) -> None:
+    if limit is not None:
+        monkeypatch.setattr(disk_reader, "ParallelReads", Mock(side_effect=limit))
+    disk = LocalDisk(loop, expected=None)
+    expected = (tmp_path / "backing.img").read_bytes()
+    for pieces in (PIECES, PIECES[:1], []):
+        assert read_pieces(disk, pieces) == b"".join(expected[first : first + length] for first, length in pieces)
+    disk.close()
+    disk.close()
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5])
+def test_what_the_kernel_does_not_take_is_read_by_itself(
+    loop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int
+) -> None:
+    """The first call takes so many, and the others none."""
+    disk = LocalDisk(loop, expected=None)
+    expected = (tmp_path / "backing.img").read_bytes()
+    begin, calls = ParallelReads._begin, []
+
+    def begin_few(reads: ParallelReads, count: int) -> int:
+        calls.append(count)
+        return begin(reads, min(count, taken if len(calls) == 1 else 0))
+
+    monkeypatch.setattr(ParallelReads, "_begin", begin_few)
+    assert read_pieces(disk, PIECES) == b"".join(expected[first : first + length] for first, length in PIECES)
+    assert len(calls) == -(-len(PIECES) // READS_MAX)
+    disk.close()
+
+
+def test_a_piece_that_does_not_come_says_why(loop: str, tmp_path: Path) -> None:
+    disk = LocalDisk(loop, expected=None)
+    os.truncate(tmp_path / "backing.img", MIB)
+    with pytest.raises(DiskUnreadable) as caught:
+        read_pieces(disk, [(0, 4096), (4 * MIB, 4096), (8192, 4096)])
+    assert caught.value.fields["offset_bytes"] == 4 * MIB
     disk.close()
 
 
