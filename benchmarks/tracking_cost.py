@@ -11,6 +11,7 @@ import argparse
 import enum
 import json
 import mmap
+import operator
 import os
 import shutil
 import signal
@@ -155,25 +156,38 @@ def kernel_cost(device: Path, at: Path, *, rounds: int, seconds: float) -> list[
     ]
 
 
-def writes_kept(device: Path, at: Path, *, rounds: int, seconds: float) -> list[Figure]:
-    """The median over pairs of turns, whose order changes: what else the machine does falls upon both."""
-    ratios, plain, tracked = [], [], []
+class Turn(enum.Enum):
+    """What is done to a device while it is written to."""
+
+    PLAIN = "not tracked"
+    TRACKED = "tracked"
+    ANOTHER_TRACKED = "with another disk tracked"
+    """The programs are run at each write, and return at once."""
+
+
+def writes_kept(
+    device: Path, other: Path, at: Path, *, rounds: int, seconds: float, where: str, asked: float | None
+) -> list[Figure]:
+    """The median over turns side by side, whose order changes: what else the machine does falls upon all."""
+    found: dict[Turn, list[float]] = {turn: [] for turn in Turn}
     for number in range(rounds):
-        turns: dict[bool, float] = {}
-        for is_tracked in (True, False) if number % 2 else (False, True):
-            with followed(device, at) if is_tracked else ExitStack():
-                turns[is_tracked] = at_random(device, seconds=seconds)[1]
-        plain.append(turns[False])
-        tracked.append(turns[True])
-        ratios.append(turns[True] / turns[False])
+        for turn in reversed(Turn) if number % 2 else Turn:
+            with (
+                followed(other if turn is Turn.ANOTHER_TRACKED else device, at)
+                if turn is not Turn.PLAIN
+                else ExitStack()
+            ):
+                found[turn].append(at_random(device, seconds=seconds)[1])
+    share = {turn: statistics.median(map(operator.truediv, found[turn], found[Turn.PLAIN])) for turn in list(Turn)[1:]}
     return [
-        Figure(name="writes a second, not tracked", found=round(statistics.median(plain))),
-        Figure(name="writes a second, tracked", found=round(statistics.median(tracked))),
+        *(
+            Figure(name=f"writes a second {where}, {turn.value}", found=round(statistics.median(one)))
+            for turn, one in found.items()
+        ),
+        Figure(name=f"share of writes kept {where}", found=round(share[Turn.TRACKED], 3), asked=asked, is_minimum=True),
         Figure(
-            name="share of writes kept",
-            found=round(statistics.median(ratios), 3),
-            asked=WRITES_KEPT_MIN,
-            is_minimum=True,
+            name=f"share of writes kept {where}, by programs that do nothing",
+            found=round(share[Turn.ANOTHER_TRACKED], 3),
         ),
     ]
 
@@ -283,10 +297,24 @@ def anonymous_bytes() -> int:
 def measure(root: Path, *, rounds: int, seconds: float, parts: Sequence[str]) -> list[Figure]:
     figures: list[Figure] = []
     if "kernel" in parts:
-        with loop_device(root / "disk.img", size_bytes=GIB) as device:
+        with (
+            loop_device(root / "disk.img", size_bytes=GIB) as device,
+            loop_device(root / "other", size_bytes=GIB) as other,
+        ):
             at_random(device, seconds=seconds)  # so that its file has been written to before
             figures += kernel_cost(device, root / "bpf", rounds=rounds, seconds=seconds)
-            figures += writes_kept(device, root / "bpf", rounds=rounds, seconds=seconds)
+            # why not asked: at the speed of memory the kernel's way to any program takes more than that
+            figures += writes_kept(
+                device, other, root / "bpf", rounds=rounds, seconds=seconds, where="in memory", asked=None
+            )
+        with (
+            loop_device(root / "disk.img", size_bytes=GIB, is_direct=True) as device,
+            loop_device(root / "other", size_bytes=GIB) as other,
+        ):
+            run_fio(device, "--direct=1", "--rw=write", "--bs=1m")
+            figures += writes_kept(
+                device, other, root / "bpf", rounds=rounds, seconds=seconds, where="on a disk", asked=WRITES_KEPT_MIN
+            )
     if "memory" in parts:
         for tebibytes in (1, 4):
             with tempfile.TemporaryDirectory(dir=root) as place:
