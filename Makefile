@@ -12,7 +12,7 @@ MINUTES ?= 5
 ROUNDS ?= 12
 PRODUCT := protocol storage runtime mobility_agent process_server config_server recovery farpoint deploy
 
-.PHONY: environment demo test lint audit simulate simulate-planted torture fuzz live live-guest bench tracking-cost azurite bpf dist guest lock clean
+.PHONY: environment demo test lint audit simulate simulate-planted torture fuzz live live-guest bench tracking-cost azurite bpf openapi dist guest lock clean
 
 environment: $(STAMP)
 
@@ -66,6 +66,10 @@ live: $(STAMP)
 # The same programs in the kernel of Debian 12, in an emulated machine (qemu-system-x86, cpio; the kernel comes by apt-get download).
 live-guest: $(STAMP)
 	@$(BIN)/python -m tests.live.guest
+
+# The description of the configuration server's interface, as it is kept.
+openapi: $(STAMP)
+	@$(BIN)/config-server openapi > docs/openapi.json
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.line $(ARGS)

@@ -1,4 +1,4 @@
-"""`config-server`: init, run, config show|check."""
+"""`config-server`: init, run, openapi, config show|check."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from config_server.api.openapi import openapi_document
+from config_server.api.routes import ROUTES
 from config_server.installation import (
     ADMIN_TOKEN_FILE,
     AUTHORITY_FILE,
@@ -19,7 +21,7 @@ from runtime.command_line import ProgramGroup, config_commands, output_option, w
 from runtime.exit_codes import ExitCode
 from runtime.local_directory import LocalDirectory
 from runtime.logs import configure_logs
-from runtime.output import Output
+from runtime.output import Output, print_json
 from runtime.privileges import become_owner_of
 from runtime.secrets import read_secret
 from runtime.service import run_service
@@ -76,6 +78,12 @@ def run(loaded: Loaded[ConfigServerSettings]) -> ExitCode:
     """Serve until SIGTERM."""
     configure_logs(loaded.settings.log, program=PROGRAM)
     return run_service(ConfigServer(loaded.settings).run)
+
+
+@main.command("openapi")
+def openapi() -> None:
+    """Print what its HTTPS interface takes and gives, as an OpenAPI 3.1 document."""
+    print_json(openapi_document(ROUTES))
 
 
 main.add_command(config_commands(ConfigServerSettings, PROGRAM))

@@ -6,12 +6,12 @@ on, whatever the certificate says.
 
 from __future__ import annotations
 
-import hmac
 import secrets
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from config_server.announcements import Announcements
+from config_server.audit import NEWCOMER, Actor, AuditLog
 from config_server.clock import ServerClock
 from config_server.core.join_tokens import Admission, StoredJoinToken, decide_admission
 from config_server.database.engine import Database
@@ -44,22 +44,25 @@ class AdmissionOffice:
     """All methods: what they state is durable on return."""
 
     def __init__(
-        self, *, installation: Installation, database: Database, clock: ServerClock, announcements: Announcements
+        self,
+        *,
+        installation: Installation,
+        database: Database,
+        clock: ServerClock,
+        announcements: Announcements,
+        audit: AuditLog,
     ) -> None:
         self._installation = installation
         self._authority = installation.authority
         self._database = database
         self._clock = clock
         self._announcements = announcements
+        self._audit = audit
 
     def describe(self) -> ServerDescription:
         return ServerDescription(vault=self._installation.vault, authority_pem=self._authority.certificate_pem.decode())
 
-    def is_admin_token(self, token: str) -> bool:
-        """In constant time."""
-        return hmac.compare_digest(token.encode(errors="surrogateescape"), self._installation.admin_token.encode())
-
-    async def create_token(self, request: JoinTokenRequest) -> JoinTokenCreated:
+    async def create_token(self, request: JoinTokenRequest, actor: Actor) -> JoinTokenCreated:
         """The secret is not kept, only what a proof of it is checked with."""
         now_ns = (await self._clock.tick()).tick_ns
         token = JoinToken(
@@ -77,6 +80,15 @@ class AdmissionOffice:
         async with self._database.writing() as connection:
             await forget_join_tokens(connection, expired_before_ns=now_ns - _TOKEN_REMEMBERED_NS)
             await add_join_token(connection, stored)
+            await self._audit.record(
+                connection,
+                actor,
+                "create join token",
+                stored.token,
+                now_ns=now_ns,
+                role=stored.role.value,
+                expires_at_ns=str(stored.expires_ns),
+            )
         return JoinTokenCreated(token=token.format(), role=request.role, expires_at_ns=stored.expires_ns)
 
     async def enroll(self, request: EnrollmentRequest) -> EnrollmentReply:
@@ -103,6 +115,14 @@ class AdmissionOffice:
             await use_join_token(
                 connection, request.token, used_by=decision.request_hash, reply=reply.model_dump_json()
             )
+            await self._audit.record(
+                connection,
+                Actor(kind=NEWCOMER, identifier=request.token, name=request.name),
+                "enrol",
+                identity.identifier,
+                now_ns=now_ns,
+                role=request.role.value,
+            )
         return reply
 
     async def authenticate(self, identity: PeerIdentity, serial: str) -> StoredCertificate:
@@ -128,15 +148,24 @@ class AdmissionOffice:
             stored = await find_certificate(connection, holder.serial)
             if stored is None or stored.is_revoked:
                 raise CertificateRefused(subject=identity.uri, reason="it has been revoked")
-            return await self._issue(connection, request_pem, identity, name=holder.name, now_ns=now_ns)
+            bundle = await self._issue(connection, request_pem, identity, name=holder.name, now_ns=now_ns)
+            actor = Actor(kind=holder.role.value, identifier=holder.identifier, name=holder.name)
+            await self._audit.record(
+                connection, actor, "renew certificate", holder.identifier, now_ns=now_ns, serial=holder.serial
+            )
+        return bundle
 
-    async def revoke(self, serial: str) -> None:
+    async def revoke(self, serial: str, actor: Actor) -> None:
         """All certificates of this one's holder: a thief may have renewed it. Raises ResourceNotFound."""
+        now_ns = (await self._clock.tick()).tick_ns
         async with self._database.writing() as connection:
             stored = await find_certificate(connection, serial)
             if stored is None:
                 raise ResourceNotFound(what="certificate", identifier=serial)
             await revoke_certificates(connection, role=stored.role, identifier=stored.identifier)
+            await self._audit.record(
+                connection, actor, "revoke certificates", stored.identifier, now_ns=now_ns, role=stored.role.value
+            )
         self._announcements.announce_to_all()
 
     async def _issue(

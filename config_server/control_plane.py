@@ -14,6 +14,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from config_server.announcements import Announcements
+from config_server.audit import Actor, AuditLog
 from config_server.clock import ServerClock
 from config_server.core.recovery_points import Statement, judge
 from config_server.core.registry import match_disk
@@ -67,7 +68,7 @@ from protocol.control import (
 )
 from protocol.control_errors import ResourceNotFound, TooManyDisks
 from protocol.errors import CertificateRefused, NotPermitted
-from protocol.vocabulary import DiskId, MachineId, ProcessServerId, VaultId
+from protocol.vocabulary import DiskId, MachineId, ProcessServerId, Role, VaultId
 
 log = structlog.get_logger(__name__)
 
@@ -85,12 +86,14 @@ class ControlPlane:
         clock: ServerClock,
         reconciler: Reconciler,
         announcements: Announcements,
+        audit: AuditLog,
     ) -> None:
         self._vault = vault
         self._database = database
         self._clock = clock
         self._reconciler = reconciler
         self._announcements = announcements
+        self._audit = audit
 
     async def register_disk(self, machine_id: MachineId, registration: DiskRegistration) -> DiskAssignment:
         """Raises NotPermitted, DiskOfAnotherMachine, DiskChanged, TooManyDisks."""
@@ -107,6 +110,10 @@ class ControlPlane:
                 disk = match.disk
                 await renew_disk(connection, disk, registration)
             machine = await _machine(connection, machine_id)
+            if match is None or not match.is_protected:
+                await self._audit.record(
+                    connection, _agent_of(machine), "protect disk", disk, now_ns=now_ns, path=registration.path
+                )
             changed = await self._reconciler.reconcile_machine(connection, machine, now_ns=now_ns)
             machine = await _machine(connection, machine_id)
             address = await address_of(connection, machine.process_server)
@@ -121,6 +128,14 @@ class ControlPlane:
             _check_owned(machine_id, [disk], own)
             await end_protection(connection, disk, keep_data=keep_data)
             machine = await _machine(connection, machine_id)
+            await self._audit.record(
+                connection,
+                _agent_of(machine),
+                "end protection of disk",
+                disk,
+                now_ns=now_ns,
+                keeps_data=str(keep_data).lower(),
+            )
             changed = await self._reconciler.reconcile_machine(connection, machine, now_ns=now_ns)
             served_by = () if machine.process_server is None else (machine.process_server,)
         self._announcements.announce({*changed, machine_id, *served_by})
@@ -199,13 +214,16 @@ class ControlPlane:
 
         return await self._wait(process_server, read, revision=revision, wait_seconds=wait_seconds)
 
-    async def pause_disk(self, disk: DiskId, *, is_paused: bool) -> None:
+    async def pause_disk(self, disk: DiskId, actor: Actor, *, is_paused: bool) -> None:
         """Raises ResourceNotFound."""
+        now_ns = (await self._clock.tick()).tick_ns
         async with self._database.writing() as connection:
             stored = await find_disk(connection, disk)
             if stored is None:
                 raise ResourceNotFound(what="disk", identifier=disk)
             await set_paused(connection, disk, is_paused=is_paused)
+            action = "pause disk" if is_paused else "resume disk"
+            await self._audit.record(connection, actor, action, disk, now_ns=now_ns)
         self._announcements.announce([stored.machine])
 
     async def _wait(
@@ -268,6 +286,10 @@ async def _check_member(connection: AsyncConnection, certificate: StoredCertific
     stored = await find_certificate(connection, certificate.serial)
     if stored is None or stored.is_revoked:
         raise CertificateRefused(subject=f"{certificate.role.value} {certificate.identifier}", reason="it was revoked")
+
+
+def _agent_of(machine: StoredMachine) -> Actor:
+    return Actor(kind=Role.AGENT.value, identifier=machine.machine, name=machine.name)
 
 
 async def _check_room(connection: AsyncConnection, machine: MachineId) -> None:

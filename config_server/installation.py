@@ -15,6 +15,7 @@ from typing import Final
 
 from config_server.authority import CertificateAuthority
 from config_server.errors import AlreadyInitialised, InstallationDamaged, NotInitialised
+from config_server.token_hashes import HASH_PREFIX, hash_secret
 from protocol.errors import MalformedInput, ReplicationError
 from protocol.signed_records import AuthorityKey, parse_authority_key, serialise_authority_key
 from protocol.vocabulary import PeerIdentity, Role, VaultId, check_identifier
@@ -28,7 +29,8 @@ AUTHORITY_FILE: Final = "authority.pem"
 """The certificate authority's certificate, for operators' clients. Not a secret."""
 AUTHORITY_KEY_FILE: Final = "authority-key.pem"
 ADMIN_TOKEN_FILE: Final = "admin-token"  # noqa: S105
-"""One line: the bearer token of the operator routes."""
+"""One line: the bearer token of administrators, who take it away from here: the server needs only the hash."""
+ADMIN_TOKEN_HASH_FILE: Final = "admin-token-hash"  # noqa: S105
 CREDENTIALS_FILE: Final = "credentials.pem"
 """The server's own certificate and key; made at the start and renewed by the server."""
 DATABASE_FILE: Final = "database.sqlite"
@@ -46,7 +48,7 @@ class Installation:
     identity: PeerIdentity
     vault_authority: AuthorityKey
     authority: CertificateAuthority
-    admin_token: str = field(repr=False)
+    admin_token_hash: str = field(repr=False)
 
     @property
     def vault(self) -> VaultId:
@@ -75,6 +77,7 @@ def _make(directory: DurableDirectory, authority_key: AuthorityKey, now_ns: int)
         (VAULT_AUTHORITY_KEY_FILE, serialise_authority_key(authority_key)),
         (AUTHORITY_KEY_FILE, authority.key_pem),
         (AUTHORITY_FILE, authority.certificate_pem),
+        (ADMIN_TOKEN_HASH_FILE, hash_secret(admin_token.encode()).encode() + b"\n"),
         (ADMIN_TOKEN_FILE, admin_token.encode() + b"\n"),
         (MARKER_FILE, json.dumps(marker, indent=1).encode() + b"\n"),
     ):
@@ -107,14 +110,14 @@ def _read(path: Path, directory: DurableDirectory) -> Installation:
         certificate_pem=directory.read(AUTHORITY_FILE),
         key_pem=directory.read(AUTHORITY_KEY_FILE),
     )
-    admin_token = directory.read(ADMIN_TOKEN_FILE).decode("ascii").strip()
-    if not admin_token:
-        raise MalformedInput(what=ADMIN_TOKEN_FILE, reason="it is empty")
+    admin_token_hash = directory.read(ADMIN_TOKEN_HASH_FILE).decode("ascii").strip()
+    if not admin_token_hash.startswith(HASH_PREFIX):
+        raise MalformedInput(what=ADMIN_TOKEN_HASH_FILE, reason="it holds no hash that this program knows")
     identifier = check_identifier(marker["identifier"], "identifier")
     return Installation(
         path=path,
         identity=PeerIdentity(vault=vault, role=Role.CONFIGURATION_SERVER, identifier=identifier),
         vault_authority=vault_authority,
         authority=authority,
-        admin_token=admin_token,
+        admin_token_hash=admin_token_hash,
     )

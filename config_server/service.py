@@ -20,6 +20,7 @@ from config_server.admission import AdmissionOffice
 from config_server.announcements import Announcements
 from config_server.api.application import make_application
 from config_server.api.routes import Rooms
+from config_server.audit import AuditLog
 from config_server.authority import IssuedCertificate
 from config_server.clock import ServerClock
 from config_server.control_plane import ControlPlane
@@ -33,6 +34,7 @@ from config_server.installation import (
 )
 from config_server.metrics import ConfigServerMetrics
 from config_server.operator_views import OperatorViews
+from config_server.operators import OperatorOffice
 from config_server.reconciler import Intervals, Reconciler
 from config_server.settings import ConfigServerSettings
 from protocol.enrollment import credentials_pem, make_certificate_key
@@ -138,6 +140,7 @@ class ConfigServer:
             renew_after_seconds=settings.renew_after_seconds,
         )
         reconciler = Reconciler(installation.vault_authority, intervals)
+        audit = AuditLog(installation.vault)
         return Rooms(
             control_plane=ControlPlane(
                 vault=installation.vault,
@@ -145,10 +148,12 @@ class ConfigServer:
                 clock=clock,
                 reconciler=reconciler,
                 announcements=announcements,
+                audit=audit,
             ),
             admission=AdmissionOffice(
-                installation=installation, database=database, clock=clock, announcements=announcements
+                installation=installation, database=database, clock=clock, announcements=announcements, audit=audit
             ),
+            operators=OperatorOffice(installation=installation, database=database, clock=clock, audit=audit),
             views=OperatorViews(
                 database=database,
                 clock=clock,

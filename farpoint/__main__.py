@@ -16,9 +16,11 @@ from runtime.command_line import ProgramGroup, config_commands
 from runtime.logs import LogSettings, configure_logs
 
 COMMANDS: Final = {
+    "audit": "farpoint.audit_commands:audit_group",
     "demo": "farpoint.demo.command:demo_command",
     "disks": "farpoint.listing_commands:disks_command",
     "machines": "farpoint.machine_commands:machines_group",
+    "operators": "farpoint.operator_commands:operators_group",
     "points": "farpoint.listing_commands:points_command",
     "process-servers": "farpoint.listing_commands:process_servers_command",
     "recover": "farpoint.recover_command:recover_command",

@@ -49,7 +49,7 @@ class DirectoryNotUp(LocalFault):
 
     code = "not-found"
     message = "{path} is no directory of `farpoint up`"
-    hint = "Run `farpoint up --dir DIR` first, or give --server, --ca and --admin-token-file."
+    hint = "Run `farpoint up --dir DIR` first, or give --server, --ca and --token-file."
 
 
 class FirstRunCutOff(LocalFault):

@@ -30,7 +30,7 @@ _VAULT = {
 _SERVER = {
     "--server": ("https://HOST:PORT of the configuration server.", str),
     "--ca": ("Its authority.pem.", PATH),
-    "--admin-token-file": ("The file that `config-server init` wrote.", PATH),
+    "--token-file": ("An operator token, or the admin token that `config-server init` wrote.", PATH),
     "--dir": ("The directory of `farpoint up`, instead of the three above.", PATH),
 }
 

@@ -72,7 +72,7 @@ def server_url_of(settings: FarpointSettings) -> str:
 @asynccontextmanager
 async def operator_of(settings: FarpointSettings) -> AsyncIterator[OperatorClient]:
     """The configuration server. Raises OptionMissing, DirectoryNotUp, SecretMissing."""
-    server, authority, token = server_url_of(settings), settings.ca, settings.admin_token_file
+    server, authority, token = server_url_of(settings), settings.ca, settings.token_file
     if settings.dir is not None:
         up = UpDescription.read(settings.dir)
         authority = authority or up.authority_file
@@ -80,10 +80,10 @@ async def operator_of(settings: FarpointSettings) -> AsyncIterator[OperatorClien
     if authority is None:
         raise OptionMissing(option="--ca", purpose="the file authority.pem of the configuration server")
     if token is None:
-        raise OptionMissing(option="--admin-token-file", purpose="the file that `config-server init` wrote")
-    client = OperatorClient(
-        server_url=server, authority_pem=read_secret(authority), admin_token=read_secret(token).decode()
-    )
+        raise OptionMissing(
+            option="--token-file", purpose="a file with an operator token, or the one that `config-server init` wrote"
+        )
+    client = OperatorClient(server_url=server, authority_pem=read_secret(authority), token=read_secret(token).decode())
     try:
         yield client
     finally:

@@ -17,9 +17,10 @@ class FarpointSettings(Settings):
     """https://HOST:PORT of the configuration server."""
     ca: Path | None = None
     """Its certificate authority's certificate: `authority.pem` of its state directory."""
-    admin_token_file: Path | None = None
+    token_file: Path | None = None
+    """An operator token, or the admin token."""
     dir: Path | None = None
-    """The directory of `farpoint up`: stands for server, ca and admin_token_file."""
+    """The directory of `farpoint up`: stands for server, ca and token_file."""
     store: str | None = None
     store_credentials_file: Path | None = None
     recovery_key: Path | None = None

@@ -127,7 +127,7 @@ class Up:
         async with OperatorClient(
             server_url=description.server_url,
             authority_pem=read_secret(description.authority_file),
-            admin_token=read_secret(description.admin_token_file).decode(),
+            token=read_secret(description.admin_token_file).decode(),
         ) as operator:
             created = await operator.create_token(
                 JoinTokenRequest(role=Role.PROCESS_SERVER, lifetime_seconds=TOKEN_SECONDS)

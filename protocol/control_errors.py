@@ -102,7 +102,23 @@ class CredentialMissing(PeerFault):
 
     code = "credential-missing"
     message = "this needs {needs}"
-    hint = "Operators present the admin token that `config-server init` wrote; programs their certificate."
+    hint = "Operators present a token of `farpoint operators create`, or the admin token; programs their certificate."
+
+
+class OperatorTokenRefused(PeerFault):
+    """Why is told only to who has the token. Fields: token (its public part), reason."""
+
+    code = "operator-token-refused"
+    message = "operator token {token} is refused: {reason}"
+    hint = "Ask an administrator for a new one: `farpoint operators create`."
+
+
+class AuditChainBroken(LocalFault):
+    """The audit log is not what was written. Fields: number, reason."""
+
+    code = "audit-chain-broken"
+    message = "the audit log is broken at entry {number}: {reason}"
+    hint = "Somebody changed the database by hand, or restored an older one. Compare it with a backup; find out who."
 
 
 class JoinTokenMalformed(LocalFault):
@@ -184,6 +200,7 @@ REFUSALS: Final[dict[str, type[ReplicationError]]] = {
         RequestTooLarge,
         ResourceNotFound,
         CredentialMissing,
+        OperatorTokenRefused,
         JoinTokenWrong,
         JoinTokenExpired,
         JoinTokenUsed,

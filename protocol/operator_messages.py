@@ -40,6 +40,9 @@ from protocol.vocabulary import Role
 POINTS_PER_PAGE_MAX: Final = 1000
 JOIN_TOKEN_SECONDS_MAX: Final = 7 * 86400
 JOIN_TOKEN_SECONDS_DEFAULT: Final = 3600
+OPERATOR_TOKEN_SECONDS_MAX: Final = 366 * 86400
+OPERATOR_TOKEN_SECONDS_DEFAULT: Final = 90 * 86400
+AUDIT_ENTRIES_PER_PAGE_MAX: Final = 1000
 
 
 class OperatorReply(BaseModel):
@@ -222,3 +225,76 @@ class Problem(OperatorReply):
     hint: Detail = ""
     is_retryable: bool = False
     fields: dict[str, str | int | float | bool | None] = {}
+
+
+class OperatorRole(enum.Enum):
+    """What the holder of an operator token may do. Administrators, who alone make such tokens, hold the admin token."""
+
+    VIEWER = "viewer"
+    """See machines, disks, recovery points and process servers."""
+    OPERATOR = "operator"
+    """Change what is protected and how, besides: join tokens, pauses, revocations."""
+    RECOVERY = "recovery"
+    """See, and recover."""
+    AUDITOR = "auditor"
+    """See everything, the audit log and all tokens and certificates too; change nothing."""
+
+
+class OperatorTokenRequest(ControlMessage):
+    """name: of the person or program that will hold it, as the audit log will say."""
+
+    name: Name
+    role: OperatorRole
+    lifetime_seconds: Annotated[int, Field(ge=1, le=OPERATOR_TOKEN_SECONDS_MAX)] = OPERATOR_TOKEN_SECONDS_DEFAULT
+
+
+class OperatorTokenCreated(OperatorReply):
+    """secret_token: the bearer token, whose only appearance this is."""
+
+    token: Identifier
+    secret_token: Text = Field(repr=False)
+    name: Name
+    role: OperatorRole
+    expires_at_ns: InstantNs
+
+
+class OperatorTokenStatus(OperatorReply):
+    """used_at_ns: when it was last seen, to within an hour; None: never."""
+
+    token: Identifier
+    name: Name
+    role: OperatorRole
+    created_at_ns: InstantNs
+    expires_at_ns: InstantNs
+    used_at_ns: InstantNs | None
+    is_revoked: bool
+
+
+class OperatorTokenList(OperatorReply):
+    now_ns: InstantNs
+    tokens: tuple[OperatorTokenStatus, ...]
+
+
+class AuditEntry(OperatorReply):
+    """One change, by whom, and what it was about. hash: see protocol.audit_chain; 64 hexadecimal digits."""
+
+    number: Annotated[int, Field(ge=1)]
+    at_ns: InstantNs
+    actor_kind: Text
+    """`administrator`, a role of operators or of members, or `newcomer`."""
+    actor: Text
+    """The identifier of the token or member."""
+    actor_name: Text
+    action: Text
+    subject: Text
+    """The identifier of what was changed."""
+    details: dict[str, str]
+    hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class AuditPage(OperatorReply):
+    """Entries by rising number. newest_number: of the last one that there is, on this page or later; 0: none."""
+
+    now_ns: InstantNs
+    entries: tuple[AuditEntry, ...]
+    newest_number: Annotated[int, Field(ge=0)]

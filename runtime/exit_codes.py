@@ -42,7 +42,7 @@ _ENDS_WITH: dict[ExitCode, tuple[str, ...]] = {
     ExitCode.LOCKED: ("state-locked", "target-in-use", "host-locked"),
     ExitCode.NOT_PERMITTED: (
         "not-permitted", "store-not-permitted", "disk-permission-denied", "disk-of-another-machine",
-        "credential-missing", "join-token-wrong", "join-token-used", "join-token-expired",
+        "credential-missing", "operator-token-refused", "join-token-wrong", "join-token-used", "join-token-expired",
         "join-token-for-another-role", "host-key-unknown", "host-key-changed", "host-key-refused", "login-refused",
         "root-needed",
     ),

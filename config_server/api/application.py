@@ -18,7 +18,17 @@ from pydantic import BaseModel, ValidationError
 
 from config_server.api.openapi import openapi_document
 from config_server.api.problems import problem_response
-from config_server.api.routes import ACCESS_OF_ROLE, MEMBERS, ROUTES, Access, Call, Caller, Rooms, Route
+from config_server.api.routes import (
+    ACCESS_OF_OPERATOR,
+    ACCESS_OF_ROLE,
+    MEMBERS,
+    ROUTES,
+    Access,
+    Call,
+    Caller,
+    Rooms,
+    Route,
+)
 from config_server.metrics import ConfigServerMetrics
 from protocol.control import BODY_VALUES_MAX, has_too_many_values, reason_of
 from protocol.control_errors import (
@@ -67,14 +77,16 @@ def _handle(route: Route, rooms: Rooms) -> Handler:
 
 
 async def _identify(request: web.Request, route: Route, rooms: Rooms) -> Caller:
-    """Raises CredentialMissing, CertificateRefused, NotPermitted."""
+    """Raises CredentialMissing, OperatorTokenRefused, CertificateRefused, NotPermitted, ServerUnwell."""
     if Access.ANYONE in route.serves:
         return Caller(access=Access.ANYONE)
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     if scheme:
-        if scheme.lower() != "bearer" or not rooms.admission.is_admin_token(token.strip()):
-            raise CredentialMissing(needs="a valid admin token")
-        caller = Caller(access=Access.OPERATOR)
+        if scheme.lower() != "bearer":
+            raise CredentialMissing(needs="a bearer token")
+        operator = await rooms.operators.authenticate(token.strip())
+        access = Access.ADMINISTRATOR if operator.role is None else ACCESS_OF_OPERATOR[operator.role]
+        caller = Caller(access=access, operator=operator)
     else:
         caller = await _identify_member(request, route, rooms)
     if caller.access not in route.serves:
@@ -86,7 +98,7 @@ async def _identify_member(request: web.Request, route: Route, rooms: Rooms) -> 
     ssl_object = request.get_extra_info("ssl_object")
     # why: an empty dictionary is what the ssl module gives for a certificate that was not verified
     if not isinstance(ssl_object, ssl.SSLObject | ssl.SSLSocket) or not ssl_object.getpeercert():
-        needs = "a member's certificate" if route.serves & MEMBERS else "the admin token"
+        needs = "a member's certificate" if route.serves & MEMBERS else "an operator token"
         raise CredentialMissing(needs=needs)
     identity = identity_of(ssl_object)
     certificate = await rooms.admission.authenticate(identity, certificate_serial_of(ssl_object))

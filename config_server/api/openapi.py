@@ -10,7 +10,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from config_server.api.routes import MEMBERS, Access, Parameters, Route
+from config_server.api.routes import MEMBERS, STAFF, Access, Parameters, Route
 from protocol.operator_messages import Problem
 
 Json = dict[str, Any]
@@ -46,7 +46,11 @@ def openapi_document(routes: Iterable[Route]) -> Json:
             "schemas": definitions.get("$defs", {}),
             "securitySchemes": {
                 "member": {"type": "mutualTLS", "description": "A certificate of the vault's authority"},
-                "operator": {"type": "http", "scheme": "bearer", "description": "The admin token"},
+                "operator": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "An operator token, or the admin token",
+                },
             },
             "responses": {
                 "Problem": {
@@ -83,7 +87,7 @@ def _security(route: Route) -> list[Json]:
     schemes: list[Json] = []
     if route.serves & MEMBERS:
         schemes.append({"member": []})
-    if Access.OPERATOR in route.serves:
+    if route.serves & STAFF:
         schemes.append({"operator": []})
     return schemes
 

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, ConfigDict, Field
 
 from config_server.admission import AdmissionOffice
+from config_server.audit import Actor
 from config_server.control_plane import ControlPlane
 from config_server.database.members import StoredCertificate
 from config_server.operator_views import OperatorViews
+from config_server.operators import Operator, OperatorOffice
 from protocol.control import (
     BODY_BYTES_MAX,
     NO_REVISION,
@@ -25,19 +27,26 @@ from protocol.control import (
     Disk,
     DiskAssignment,
     DiskRegistration,
+    Identifier,
     ProcessServerOrders,
     ProcessServerReport,
     Revision,
 )
 from protocol.enrollment import EnrollmentReply, EnrollmentRequest
 from protocol.operator_messages import (
+    AUDIT_ENTRIES_PER_PAGE_MAX,
     POINTS_PER_PAGE_MAX,
+    AuditPage,
     CertificateList,
     DiskList,
     DiskStatus,
     JoinTokenCreated,
     JoinTokenRequest,
     MachineList,
+    OperatorRole,
+    OperatorTokenCreated,
+    OperatorTokenList,
+    OperatorTokenRequest,
     PauseRequest,
     ProcessServerList,
     RecoveryPointList,
@@ -57,7 +66,12 @@ class Access(enum.Enum):
     AGENT = "agent"
     PROCESS_SERVER = "process-server"
     RECOVERY_WORKER = "recovery-worker"
+    VIEWER = "viewer"
     OPERATOR = "operator"
+    RECOVERY = "recovery"
+    AUDITOR = "auditor"
+    """These four: the bearer of an operator token with that role."""
+    ADMINISTRATOR = "administrator"
     """The bearer of the admin token."""
 
 
@@ -66,16 +80,24 @@ ACCESS_OF_ROLE: Final = {
     Role.PROCESS_SERVER: Access.PROCESS_SERVER,
     Role.RECOVERY_WORKER: Access.RECOVERY_WORKER,
 }
+ACCESS_OF_OPERATOR: Final = {
+    OperatorRole.VIEWER: Access.VIEWER,
+    OperatorRole.OPERATOR: Access.OPERATOR,
+    OperatorRole.RECOVERY: Access.RECOVERY,
+    OperatorRole.AUDITOR: Access.AUDITOR,
+}
 MEMBERS: Final = frozenset(ACCESS_OF_ROLE.values())
+STAFF: Final = frozenset({*ACCESS_OF_OPERATOR.values(), Access.ADMINISTRATOR})
 NOBODY: Final[frozenset[Access]] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who calls. certificate is None for operators and for anyone."""
+    """Who calls. certificate: of a member; operator: of one of the staff."""
 
     access: Access
     certificate: StoredCertificate | None = None
+    operator: Operator | None = None
 
     @property
     def member(self) -> StoredCertificate:
@@ -83,6 +105,13 @@ class Caller:
         if self.certificate is None:
             raise AssertionError("a route for members was entered without a certificate")
         return self.certificate
+
+    @property
+    def actor(self) -> Actor:
+        """Of a route that serves staff only."""
+        if self.operator is None:
+            raise AssertionError("a route for staff was entered without a token")
+        return self.operator.actor
 
 
 class Parameters(BaseModel):
@@ -103,6 +132,10 @@ class SerialPath(Parameters):
     serial: CertificateSerial
 
 
+class OperatorTokenPath(Parameters):
+    token: Identifier
+
+
 class OrdersQuery(Parameters):
     """revision: of the orders that the caller has; wait_seconds: how long to hold the request while it is current."""
 
@@ -121,12 +154,20 @@ class PointsQuery(Parameters):
     limit: Annotated[int, Field(ge=1, le=POINTS_PER_PAGE_MAX)] = POINTS_PER_PAGE_MAX
 
 
+class AuditQuery(Parameters):
+    """Entries with numbers above `after`."""
+
+    after: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    limit: Annotated[int, Field(ge=1, le=AUDIT_ENTRIES_PER_PAGE_MAX)] = AUDIT_ENTRIES_PER_PAGE_MAX
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rooms:
     """What the handlers work with."""
 
     control_plane: ControlPlane
     admission: AdmissionOffice
+    operators: OperatorOffice
     views: OperatorViews
 
 
@@ -212,7 +253,7 @@ async def _process_server_orders(rooms: Rooms, call: Call) -> BaseModel:
 
 
 async def _create_token(rooms: Rooms, call: Call) -> BaseModel:
-    return await rooms.admission.create_token(call.body)
+    return await rooms.admission.create_token(call.body, call.caller.actor)
 
 
 async def _machines(rooms: Rooms, call: Call) -> BaseModel:
@@ -228,7 +269,7 @@ async def _disk(rooms: Rooms, call: Call) -> BaseModel:
 
 
 async def _pause_disk(rooms: Rooms, call: Call) -> BaseModel:
-    await rooms.control_plane.pause_disk(call.path.disk, is_paused=call.body.is_paused)
+    await rooms.control_plane.pause_disk(call.path.disk, call.caller.actor, is_paused=call.body.is_paused)
     return await rooms.views.disk(call.path.disk)
 
 
@@ -245,15 +286,34 @@ async def _certificates(rooms: Rooms, call: Call) -> BaseModel:
 
 
 async def _revoke(rooms: Rooms, call: Call) -> BaseModel:
-    await rooms.admission.revoke(call.path.serial)
+    await rooms.admission.revoke(call.path.serial, call.caller.actor)
     return Nothing()
+
+
+async def _create_operator_token(rooms: Rooms, call: Call) -> BaseModel:
+    return await rooms.operators.create_token(call.body, call.caller.actor)
+
+
+async def _operator_tokens(rooms: Rooms, call: Call) -> BaseModel:
+    return await rooms.operators.tokens()
+
+
+async def _revoke_operator_token(rooms: Rooms, call: Call) -> BaseModel:
+    await rooms.operators.revoke_token(call.path.token, call.caller.actor)
+    return Nothing()
+
+
+async def _audit(rooms: Rooms, call: Call) -> BaseModel:
+    return await rooms.operators.audit_page(after=call.query.after, limit=call.query.limit)
 
 
 _ANYONE = frozenset({Access.ANYONE})
 _AGENT = frozenset({Access.AGENT})
 _PROCESS_SERVER = frozenset({Access.PROCESS_SERVER})
-_OPERATOR = frozenset({Access.OPERATOR})
-_READERS = frozenset({Access.OPERATOR, Access.RECOVERY_WORKER})
+_OPERATORS = frozenset({Access.OPERATOR, Access.ADMINISTRATOR})
+_ADMINISTRATORS = frozenset({Access.ADMINISTRATOR})
+_AUDITORS = frozenset({Access.AUDITOR, Access.ADMINISTRATOR})
+_READERS = STAFF | {Access.RECOVERY_WORKER}
 
 ROUTES: Final[tuple[Route, ...]] = (
     Route(
@@ -345,7 +405,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="Make a join token; the only time that it is shown",
         handler=_create_token,
         reply=JoinTokenCreated,
-        serves=_OPERATOR,
+        serves=_OPERATORS,
         body=JoinTokenRequest,
     ),
     Route(
@@ -379,7 +439,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="Hold back or resume the replication of a disk",
         handler=_pause_disk,
         reply=DiskStatus,
-        serves=_OPERATOR,
+        serves=_OPERATORS,
         path=DiskPath,
         body=PauseRequest,
     ),
@@ -398,7 +458,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="All process servers",
         handler=_process_servers,
         reply=ProcessServerList,
-        serves=_OPERATOR,
+        serves=STAFF,
     ),
     Route(
         method="GET",
@@ -406,7 +466,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="All certificates that have not expired",
         handler=_certificates,
         reply=CertificateList,
-        serves=_OPERATOR,
+        serves=_OPERATORS | _AUDITORS,
     ),
     Route(
         method="PUT",
@@ -414,7 +474,42 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="Revoke a certificate and all others of its holder",
         handler=_revoke,
         reply=Nothing,
-        serves=_OPERATOR,
+        serves=_OPERATORS,
         path=SerialPath,
+    ),
+    Route(
+        method="POST",
+        template="/v1/operator-tokens",
+        summary="Make an operator token; the only time that it is shown",
+        handler=_create_operator_token,
+        reply=OperatorTokenCreated,
+        serves=_ADMINISTRATORS,
+        body=OperatorTokenRequest,
+    ),
+    Route(
+        method="GET",
+        template="/v1/operator-tokens",
+        summary="All operator tokens that were ever made, without their secrets",
+        handler=_operator_tokens,
+        reply=OperatorTokenList,
+        serves=_AUDITORS,
+    ),
+    Route(
+        method="PUT",
+        template="/v1/operator-tokens/{token}/revocation",
+        summary="Revoke an operator token",
+        handler=_revoke_operator_token,
+        reply=Nothing,
+        serves=_ADMINISTRATORS,
+        path=OperatorTokenPath,
+    ),
+    Route(
+        method="GET",
+        template="/v1/audit",
+        summary="The audit log, oldest first",
+        handler=_audit,
+        reply=AuditPage,
+        serves=_AUDITORS,
+        query=AuditQuery,
     ),
 )

@@ -139,6 +139,33 @@ certificates = Table(
     Column("revocation_number", BigInteger, index=True),
 )
 
+operator_tokens = Table(
+    "operator_tokens",
+    metadata,
+    Column("token", String(32), primary_key=True),
+    Column("name", String(255), nullable=False),
+    Column("role", String(32), nullable=False),
+    Column("secret_hash", String(255), nullable=False),
+    Column("created_ns", BigInteger, nullable=False),
+    Column("expires_ns", BigInteger, nullable=False),
+    Column("used_ns", BigInteger),
+    Column("is_revoked", Boolean, nullable=False),
+)
+
+audit_entries = Table(
+    "audit_entries",
+    metadata,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("at_ns", BigInteger, nullable=False),
+    Column("actor_kind", String(32), nullable=False),
+    Column("actor", String(255), nullable=False),
+    Column("actor_name", String(255), nullable=False),
+    Column("action", String(255), nullable=False),
+    Column("subject", String(255), nullable=False),
+    Column("details", Text, nullable=False),
+    Column("hash", String(64), nullable=False),
+)
+
 clock_spans = Table(
     "clock_spans",
     metadata,

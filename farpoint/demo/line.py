@@ -155,7 +155,7 @@ class Line:
         self._operator = OperatorClient(
             server_url=self.server_url,
             authority_pem=(state / "authority.pem").read_bytes(),
-            admin_token=(state / "admin-token").read_text(),
+            token=(state / "admin-token").read_text(),
         )
         await self._wait("the configuration server", START_SECONDS_MAX, self._answers, on_poll=None)
 
@@ -191,7 +191,7 @@ class Line:
         await self._programs.call(
             "farpoint",
             *("token", "create", "--role", role, "--output", token, "--server", self.server_url),
-            *("--ca", state / "authority.pem", "--admin-token-file", state / "admin-token"),
+            *("--ca", state / "authority.pem", "--token-file", state / "admin-token"),
         )
         directory = self._state(package.replace("_", "-"))
         await self._programs.call(

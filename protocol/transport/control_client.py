@@ -56,13 +56,18 @@ from protocol.enrollment import (
 from protocol.errors import CertificateRefused, CertificateUnusable, InvalidValue, ReplicationError
 from protocol.join_token import JoinToken
 from protocol.operator_messages import (
+    AUDIT_ENTRIES_PER_PAGE_MAX,
     POINTS_PER_PAGE_MAX,
+    AuditPage,
     CertificateList,
     DiskList,
     DiskStatus,
     JoinTokenCreated,
     JoinTokenRequest,
     MachineList,
+    OperatorTokenCreated,
+    OperatorTokenList,
+    OperatorTokenRequest,
     PauseRequest,
     Problem,
     ProcessServerList,
@@ -382,21 +387,21 @@ class ProcessServerControlClient(_EnrolledClient):
 
 
 class OperatorClient(_Client):
-    """What the operator's command line may ask. admin_token: the line in the file that `config-server init` wrote."""
+    """What the operator's command line may ask. token: an operator token, or the admin token."""
 
     def __init__(
         self,
         *,
         server_url: str,
         authority_pem: bytes,
-        admin_token: str,
+        token: str,
         request_seconds_max: float = REQUEST_SECONDS_MAX,
     ) -> None:
         super().__init__(
             ControlConnection(
                 server_url=server_url,
                 context=client_context(authority_pem=authority_pem),
-                bearer_token=admin_token.strip(),
+                bearer_token=token.strip(),
                 request_seconds_max=request_seconds_max,
             )
         )
@@ -435,6 +440,25 @@ class OperatorClient(_Client):
     async def revoke_certificate(self, serial: str) -> None:
         """Idempotent. Raises ResourceNotFound."""
         await self._connection.request("PUT", f"/v1/certificates/{serial}/revocation", _Nothing)
+
+    async def describe(self) -> ServerDescription:
+        return await self._connection.request("GET", "/v1/authority", ServerDescription)
+
+    async def create_operator_token(self, request: OperatorTokenRequest) -> OperatorTokenCreated:
+        """The reply is the only time that the token is shown."""
+        return await self._connection.request("POST", "/v1/operator-tokens", OperatorTokenCreated, body=request)
+
+    async def operator_tokens(self) -> OperatorTokenList:
+        return await self._connection.request("GET", "/v1/operator-tokens", OperatorTokenList)
+
+    async def revoke_operator_token(self, token: str) -> None:
+        """Idempotent. Raises ResourceNotFound."""
+        await self._connection.request("PUT", f"/v1/operator-tokens/{token}/revocation", _Nothing)
+
+    async def audit_page(self, *, after: int = 0, limit: int = AUDIT_ENTRIES_PER_PAGE_MAX) -> AuditPage:
+        """The entries with numbers above `after`."""
+        query = {"after": str(after), "limit": str(limit)}
+        return await self._connection.request("GET", "/v1/audit", AuditPage, query=query)
 
 
 class _Nothing(BaseModel):

@@ -30,7 +30,7 @@ from protocol.control import (
 )
 from protocol.enrollment import EnrollmentBundle
 from protocol.join_token import JoinToken
-from protocol.operator_messages import JoinTokenRequest
+from protocol.operator_messages import JoinTokenRequest, OperatorRole, OperatorTokenCreated, OperatorTokenRequest
 from protocol.signed_records import AuthorityKey
 from protocol.transport.control_client import (
     AgentControlClient,
@@ -84,8 +84,16 @@ class Running:
     def admin_token(self) -> str:
         return (self.path / ADMIN_TOKEN_FILE).read_text().strip()
 
-    def operator(self) -> OperatorClient:
-        return OperatorClient(server_url=self.url, authority_pem=self.authority_pem, admin_token=self.admin_token)
+    def operator(self, token: str | None = None) -> OperatorClient:
+        """With this operator token; with the admin token if none is given."""
+        return OperatorClient(server_url=self.url, authority_pem=self.authority_pem, token=token or self.admin_token)
+
+    async def operator_token(
+        self, role: OperatorRole, *, name: str = "ada", lifetime_seconds: int = 3600
+    ) -> OperatorTokenCreated:
+        request = OperatorTokenRequest(name=name, role=role, lifetime_seconds=lifetime_seconds)
+        async with self.operator() as operator:
+            return await operator.create_operator_token(request)
 
     async def token(self, role: Any, *, lifetime_seconds: int = 3600) -> JoinToken:
         async with self.operator() as operator:

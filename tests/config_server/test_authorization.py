@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from config_server.api.openapi import openapi_document
-from config_server.api.routes import MEMBERS, NOBODY, ROUTES, SMALL_BODY_BYTES_MAX, Access, Route
+from config_server.api.routes import ACCESS_OF_OPERATOR, MEMBERS, NOBODY, ROUTES, SMALL_BODY_BYTES_MAX, Access, Route
 from protocol.control import BODY_VALUES_MAX
 from protocol.enrollment import CREDENTIALS_FILE
 from protocol.operator_messages import Problem
@@ -22,17 +22,20 @@ PRINCIPALS: dict[str, Access] = {
     "agent": Access.AGENT,
     "process-server": Access.PROCESS_SERVER,
     "recovery-worker": Access.RECOVERY_WORKER,
+    "viewer": Access.VIEWER,
     "operator": Access.OPERATOR,
+    "recovery": Access.RECOVERY,
+    "auditor": Access.AUDITOR,
+    "administrator": Access.ADMINISTRATOR,
 }
 REFUSED = {401, 403}
-SAMPLE_PATH = {"disk": "d" * 32, "serial": "AB"}
+SAMPLE_PATH = {"disk": "d" * 32, "serial": "AB", "token": "e" * 32}
 
 
 async def ask(
-    server: Running, members: dict[Access, Path], principal: Access, route: Route
+    server: Running, members: dict[Access, Path], tokens: dict[Access, str], principal: Access, route: Route
 ) -> tuple[int, Problem | None]:
-    bearer = server.admin_token if principal is Access.OPERATOR else None
-    async with server.plain_session(members.get(principal), bearer=bearer) as session:
+    async with server.plain_session(members.get(principal), bearer=tokens.get(principal)) as session:
         url = route.template.format(**SAMPLE_PATH)
         data = None if route.body is None else b"{}"
         headers = {} if data is None else {"Content-Type": "application/json"}
@@ -55,10 +58,13 @@ async def test_every_route_serves_whom_it_names_and_nobody_else(tmp_path: Path) 
         ):
             await server.enroll(role, tmp_path / role.value)
             members[access] = tmp_path / role.value / CREDENTIALS_FILE
+        tokens = {Access.ADMINISTRATOR: server.admin_token}
+        for operator_role, access in ACCESS_OF_OPERATOR.items():
+            tokens[access] = (await server.operator_token(operator_role)).secret_token
         seen: dict[tuple[str, str, str], bool] = {}
         for route in ROUTES:
             for name, principal in PRINCIPALS.items():
-                status, problem = await ask(server, members, principal, route)
+                status, problem = await ask(server, members, tokens, principal, route)
                 seen[route.method, route.template, name] = status not in REFUSED
                 assert status < 500, problem
     expected = {
@@ -80,10 +86,14 @@ def test_the_table_is_as_narrow_as_it_should_be() -> None:
             assert route.serves == {Access.PROCESS_SERVER}
         elif route.template == "/v1/certificates" and route.method == "POST":
             assert route.serves == MEMBERS
+        elif route.template.startswith("/v1/operator-tokens"):
+            assert route.serves == {Access.ADMINISTRATOR} | ({Access.AUDITOR} if route.method == "GET" else set())
+        elif route.template == "/v1/audit":
+            assert route.serves == {Access.ADMINISTRATOR, Access.AUDITOR}
         elif route.template not in public:
-            assert Access.OPERATOR in route.serves
+            assert route.serves >= {Access.OPERATOR, Access.ADMINISTRATOR}
             if route.method != "GET":
-                assert route.serves == {Access.OPERATOR}
+                assert route.serves == {Access.OPERATOR, Access.ADMINISTRATOR}
 
 
 def test_a_route_that_names_nobody_serves_nobody() -> None:
@@ -237,6 +247,11 @@ async def test_the_openapi_document_is_served_and_complete(tmp_path: Path) -> No
         in_path = {one["name"] for one in operation["parameters"] if one["in"] == "path"}
         assert in_path == set(route.path.model_fields)
         assert bool(operation["security"]) == (Access.ANYONE not in route.serves)
+
+
+def test_the_document_that_is_kept_is_that_of_the_table() -> None:
+    kept = Path(__file__).parents[2] / "docs" / "openapi.json"
+    assert json.loads(kept.read_text()) == json.loads(json.dumps(openapi_document(ROUTES))), "run `make openapi`"
 
 
 def test_every_reference_in_the_openapi_document_leads_somewhere() -> None:

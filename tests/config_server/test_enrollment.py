@@ -299,7 +299,7 @@ async def test_a_long_poll_of_a_member_ends_with_its_revocation(tmp_path: Path) 
 async def test_a_wrong_admin_token_is_refused(tmp_path: Path) -> None:
     async with (
         running_server(tmp_path / "server") as server,
-        OperatorClient(server_url=server.url, authority_pem=server.authority_pem, admin_token="x" * 43) as operator,
+        OperatorClient(server_url=server.url, authority_pem=server.authority_pem, token="x" * 43) as operator,
     ):
         with pytest.raises(CredentialMissing):
             await operator.machines()
@@ -345,7 +345,7 @@ async def test_a_member_that_calls_itself_like_the_server_does_not_pass_for_it(t
             operator = OperatorClient(
                 server_url=f"https://localhost:{impostor.sockets[0].getsockname()[1]}",
                 authority_pem=server.authority_pem,
-                admin_token=server.admin_token,
+                token=server.admin_token,
             )
             async with operator:
                 with pytest.raises(ServerNotTrusted):

@@ -37,6 +37,7 @@ from config_server.errors import (
 )
 from config_server.installation import (
     ADMIN_TOKEN_FILE,
+    ADMIN_TOKEN_HASH_FILE,
     AUTHORITY_FILE,
     AUTHORITY_KEY_FILE,
     DATABASE_FILE,
@@ -46,6 +47,7 @@ from config_server.installation import (
     initialise,
     read_installation,
 )
+from config_server.token_hashes import is_hash_of
 from protocol.control import NO_REVISION
 from protocol.control_errors import ServerUnreachable, ServerUnwell
 from protocol.errors import PortTaken, ReplicationError
@@ -112,7 +114,8 @@ def test_init_makes_what_run_needs_and_keeps_it_private(tmp_path: Path) -> None:
     assert told["vault"] == AUTHORITY_KEY.vault
     token = Path(told["admin_token_file"]).read_text().strip()
     assert token not in output
-    assert read_installation(path).admin_token == token
+    assert is_hash_of(token.encode(), read_installation(path).admin_token_hash)
+    assert not any(token.encode() in file.read_bytes() for file in path.iterdir() if file.name != ADMIN_TOKEN_FILE)
     assert (path.stat().st_mode & 0o777) == 0o700
     assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o600}
 
@@ -137,7 +140,7 @@ def test_two_inits_at_once_do_not_mix_their_keys(tmp_path: Path) -> None:
 def test_an_init_that_was_cut_off_is_begun_again(tmp_path: Path, written: int) -> None:
     path = tmp_path / "server"
     initialise(path, authority_key=AUTHORITY_KEY, now_ns=NOW_NS)
-    names = [VAULT_AUTHORITY_KEY_FILE, AUTHORITY_KEY_FILE, AUTHORITY_FILE, ADMIN_TOKEN_FILE, MARKER_FILE]
+    names = [VAULT_AUTHORITY_KEY_FILE, AUTHORITY_KEY_FILE, AUTHORITY_FILE, ADMIN_TOKEN_HASH_FILE, MARKER_FILE]
     for name in names[written:]:
         (path / name).unlink()
     with pytest.raises(NotInitialised):
@@ -147,7 +150,7 @@ def test_an_init_that_was_cut_off_is_begun_again(tmp_path: Path, written: int) -
 
 
 @pytest.mark.parametrize(
-    "name", [VAULT_AUTHORITY_KEY_FILE, AUTHORITY_KEY_FILE, AUTHORITY_FILE, ADMIN_TOKEN_FILE, MARKER_FILE]
+    "name", [VAULT_AUTHORITY_KEY_FILE, AUTHORITY_KEY_FILE, AUTHORITY_FILE, ADMIN_TOKEN_HASH_FILE, MARKER_FILE]
 )
 @pytest.mark.parametrize("damage", ["missing", "empty", "garbage"])
 def test_a_damaged_installation_is_named(tmp_path: Path, name: str, damage: str) -> None:

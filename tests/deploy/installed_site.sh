@@ -37,7 +37,7 @@ config-server init --authority-key /tmp/keys/vault-authority.key
 rm /tmp/keys/vault-authority.key
 as farpoint-config-server config-server run --set point_interval_seconds=1 --set copy_interval_seconds=1 >/tmp/config-server.log 2>&1 &
 until_true 60 answers 9466 /readyz
-operator=(--server https://localhost:8443 --ca $state/config-server/authority.pem --admin-token-file $state/config-server/admin-token)
+operator=(--server https://localhost:8443 --ca $state/config-server/authority.pem --token-file $state/config-server/admin-token)
 
 # The process server.
 chown -R farpoint-process-server: /srv/farpoint/store

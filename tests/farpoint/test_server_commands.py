@@ -1,4 +1,4 @@
-"""`farpoint token | machines | disks | points | process-servers` against a configuration server that really runs."""
+"""The commands of `farpoint` that ask a configuration server, with one that really runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RunningServer:
     @property
     def options(self) -> list[str]:
         token, authority = self.state / "admin-token", self.state / "authority.pem"
-        return ["--server", self.url, "--ca", str(authority), "--admin-token-file", str(token)]
+        return ["--server", self.url, "--ca", str(authority), "--token-file", str(token)]
 
 
 def run(*arguments: object) -> Result:
@@ -108,7 +108,7 @@ def test_the_environment_stands_for_options_and_unknown_names_fail(
 ) -> None:
     monkeypatch.setenv("FARPOINT_SERVER", server.url)
     monkeypatch.setenv("FARPOINT_CA", str(server.state / "authority.pem"))
-    monkeypatch.setenv("FARPOINT_ADMIN_TOKEN_FILE", str(server.state / "admin-token"))
+    monkeypatch.setenv("FARPOINT_TOKEN_FILE", str(server.state / "admin-token"))
     assert run("machines").exit_code == ExitCode.OK
     monkeypatch.setenv("FARPOINT_SERVR", "x")
     refused = run("machines")
@@ -118,7 +118,7 @@ def test_the_environment_stands_for_options_and_unknown_names_fail(
 
 def test_a_wrong_admin_token_is_not_permitted(server: RunningServer, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("wrong")
-    options = ["--server", server.url, "--ca", server.state / "authority.pem", "--admin-token-file", tmp_path / "token"]
+    options = ["--server", server.url, "--ca", server.state / "authority.pem", "--token-file", tmp_path / "token"]
     assert run("machines", *options).exit_code == ExitCode.NOT_PERMITTED
 
 
@@ -129,7 +129,70 @@ def test_what_is_missing_is_named() -> None:
 
 
 def test_a_server_that_is_away_is_a_failure(server: RunningServer) -> None:
-    options = ["--ca", server.state / "authority.pem", "--admin-token-file", server.state / "admin-token"]
+    options = ["--ca", server.state / "authority.pem", "--token-file", server.state / "admin-token"]
     away = run("machines", "--server", "https://127.0.0.1:1", *options)
     assert away.exit_code == ExitCode.FAILURE
     assert "cannot be reached" in away.stderr
+
+
+def with_token(server: RunningServer, path: Path) -> list[str]:
+    return [*server.options[:-1], str(path)]
+
+
+def test_an_operator_gets_a_token_uses_it_and_loses_it(server: RunningServer, tmp_path: Path) -> None:
+    path = tmp_path / "ada.token"
+    made = run("operators", "create", "ada", "--role", "viewer", "--output", path, *server.options)
+    assert made.exit_code == ExitCode.OK, made.output
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert run("machines", *with_token(server, path)).exit_code == ExitCode.OK
+    refused = run("token", "create", "--role", "agent", *with_token(server, path))
+    assert refused.exit_code == ExitCode.NOT_PERMITTED
+    assert run("audit", "list", *with_token(server, path)).exit_code == ExitCode.NOT_PERMITTED
+
+    def ada() -> dict[str, object]:
+        listed = json.loads(run("operators", "list", "-o", "json", *server.options).stdout)
+        return next(one for one in listed if one["name"] == "ada")  # type: ignore[no-any-return]
+
+    assert (ada()["role"], ada()["state"]) == ("viewer", "valid")
+    assert run("operators", "revoke", ada()["token"], *server.options).exit_code == ExitCode.OK
+    assert ada()["state"] == "revoked"
+    refused = run("machines", *with_token(server, path))
+    assert refused.exit_code == ExitCode.NOT_PERMITTED
+    assert "revoked" in refused.stderr
+    assert "farpoint operators create" in refused.stderr
+    assert run("operators", "revoke", "0" * 32, *server.options).exit_code == ExitCode.NOT_FOUND
+
+
+@pytest.mark.parametrize("wrong", [["--role", "viewer", "--expires-in", "367 d"], ["--role", "king"], []])
+def test_an_operator_token_that_cannot_be_is_wrong_usage(server: RunningServer, wrong: list[str]) -> None:
+    assert run("operators", "create", "eve", *wrong, *server.options).exit_code == ExitCode.USAGE
+
+
+def test_the_audit_log_is_listed_and_holds(server: RunningServer, tmp_path: Path) -> None:
+    path = tmp_path / "auditor.token"
+    assert run("operators", "create", "max", "--role", "auditor", "--output", path, *server.options).exit_code == 0
+    options = with_token(server, path)
+    entries = json.loads(run("audit", "list", "-o", "json", *options).stdout)
+    newest = entries[-1]
+    assert (newest["action"], newest["actor_kind"]) == ("create operator token", "administrator")
+    assert newest["details"]["name"] == "max"
+    assert "max" in run("audit", "list", *options).stdout
+    after = json.loads(run("audit", "list", "--after", newest["number"] - 1, "-o", "json", *options).stdout)
+    assert after == [newest]
+    kept = tmp_path / "kept.json"
+    for _ in range(2):
+        found = run("audit", "verify", "--remember", kept, "-o", "json", *options)
+        assert json.loads(found.stdout) == {"entries": newest["number"], "hash": newest["hash"], "is_whole": True}
+    remembered = json.loads(kept.read_text())
+    for changed, told in (
+        ({"number": newest["number"] + 1}, "when it was last verified"),
+        ({"hash": "0" * 64}, "another one"),
+    ):
+        kept.write_text(json.dumps(remembered | changed))
+        broken = run("audit", "verify", "--remember", kept, *options)
+        assert broken.exit_code == ExitCode.FAILURE
+        assert told in broken.stderr
+        assert json.loads(kept.read_text()) == remembered | changed
+    for changed in ({"vault": "0" * 32}, {"number": "many"}):
+        kept.write_text(json.dumps(remembered | changed))
+        assert run("audit", "verify", "--remember", kept, *options).exit_code == ExitCode.FAILURE

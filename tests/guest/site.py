@@ -57,7 +57,7 @@ class GuestSite:
     def _operator_options(self) -> list[object]:
         state = self._directory / "config-server"
         authority, token = state / "authority.pem", state / "admin-token"
-        return ["--server", self.server_url, "--ca", authority, "--admin-token-file", token]
+        return ["--server", self.server_url, "--ca", authority, "--token-file", token]
 
     async def start(self) -> None:
         """Vault, both servers, and the process server enrolled. Raises ProgramEnded."""
@@ -78,7 +78,7 @@ class GuestSite:
         )
         self._running.append(config_server)
         authority, token = (state / "authority.pem").read_bytes(), (state / "admin-token").read_text()
-        self._operator = OperatorClient(server_url=self.server_url, authority_pem=authority, admin_token=token)
+        self._operator = OperatorClient(server_url=self.server_url, authority_pem=authority, token=token)
         await self._wait_for_answers()
         await self._start_process_server()
 

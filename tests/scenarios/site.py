@@ -278,7 +278,7 @@ class Site(AbstractContextManager["Site"]):
             "farpoint",
             *arguments,
             *("--server", self.server_url, "--ca", self.config_directory / AUTHORITY_FILE),
-            *("--admin-token-file", self.config_directory / ADMIN_TOKEN_FILE),
+            *("--token-file", self.config_directory / ADMIN_TOKEN_FILE),
         )
 
     def from_storage(self, *arguments: object, store: Path | None = None, key: Path | None = None) -> Finished:
@@ -391,7 +391,7 @@ class Site(AbstractContextManager["Site"]):
         return OperatorClient(
             server_url=self.server_url,
             authority_pem=(self.config_directory / AUTHORITY_FILE).read_bytes(),
-            admin_token=(self.config_directory / ADMIN_TOKEN_FILE).read_text().strip(),
+            token=(self.config_directory / ADMIN_TOKEN_FILE).read_text().strip(),
         )
 
     async def _ask_disk(self, disk: DiskId) -> DiskStatus:

@@ -113,7 +113,7 @@ def test_the_operators_routes_need_the_admin_token(replicated: ReplicatedSite, t
     authority = site.root / "config-server" / "authority.pem"
     for command in (("machines",), ("disks",), ("points",), ("token", "create", "--role", "agent")):
         done = call_command(
-            *("farpoint", *command, "--server", site.server_url, "--ca", authority, "--admin-token-file", wrong)
+            *("farpoint", *command, "--server", site.server_url, "--ca", authority, "--token-file", wrong)
         )
         done.expect(ExitCode.NOT_PERMITTED)
         assert not done.stdout

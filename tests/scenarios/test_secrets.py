@@ -233,7 +233,7 @@ def test_no_error_quotes_what_a_secret_file_holds(tmp_path: Path) -> None:
             "--recovery-key",
             damaged,
         ),
-        ("farpoint", "machines", "--server", "https://127.0.0.1:9", "--ca", damaged, "--admin-token-file", damaged),
+        ("farpoint", "machines", "--server", "https://127.0.0.1:9", "--ca", damaged, "--token-file", damaged),
         ("config-server", "init", "--dir", tmp_path / "c", "--authority-key", damaged),
     ]
     for program, *arguments in commands:

@@ -84,7 +84,7 @@ async def cut_off(request: web.Request) -> web.StreamResponse:
 
 async def ask(url: str, *, seconds: float = 10.0) -> MachineList:
     async with OperatorClient(
-        server_url=url, authority_pem=AUTHORITY_PEM, admin_token="t", request_seconds_max=seconds
+        server_url=url, authority_pem=AUTHORITY_PEM, token="t", request_seconds_max=seconds
     ) as operator:
         return await operator.machines()
 

@@ -1,0 +1,62 @@
+"""Writes the audit log: every change that somebody asked for, by whom, in the transaction that makes it.
+
+Heartbeats and what this server decides by itself are no changes that somebody asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from config_server.database.operators import add_audit_entry, find_chain_end
+from protocol.audit_chain import ChainEnd, entry_hash
+from protocol.control import NAME_LENGTH_MAX
+from protocol.operator_messages import AuditEntry
+from protocol.vocabulary import VaultId
+
+ADMINISTRATOR: Final = "administrator"
+NEWCOMER: Final = "newcomer"
+_UNHASHED: Final = "0" * 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Actor:
+    """Who asked: what kind of caller, which one, and what it calls itself."""
+
+    kind: str
+    identifier: str
+    name: str
+
+
+class AuditLog:
+    """Of one vault."""
+
+    def __init__(self, vault: VaultId) -> None:
+        self._beginning = ChainEnd.beginning(vault)
+
+    async def record(
+        self,
+        connection: AsyncConnection,
+        actor: Actor,
+        action: str,
+        subject: str,
+        *,
+        now_ns: int,
+        **details: str,
+    ) -> None:
+        """Within a writing transaction, which keeps others from going on with the same end. No secrets."""
+        previous = await find_chain_end(connection) or self._beginning
+        entry = AuditEntry(
+            number=previous.number + 1,
+            at_ns=now_ns,
+            actor_kind=actor.kind,
+            actor=actor.identifier,
+            actor_name=actor.name,
+            action=action,
+            subject=subject,
+            details={name: value[:NAME_LENGTH_MAX] for name, value in details.items()},
+            hash=_UNHASHED,
+        )
+        await add_audit_entry(connection, entry.model_copy(update={"hash": entry_hash(previous, entry)}))

@@ -1,0 +1,81 @@
+"""Secrets of bearer tokens at rest: Argon2id, so that who reads the database or the state directory gets no token.
+
+Checking one takes a moment of a processor on purpose; a token that was right once is remembered until the program ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Final
+
+import blake3
+from cryptography.exceptions import InvalidKey
+from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
+
+from protocol.control_errors import ServerUnwell
+
+SALT_BYTES: Final = 16
+HASH_BYTES: Final = 32
+ITERATIONS: Final = 2
+MEMORY_KIBIBYTES: Final = 19 * 1024
+"""OWASP's least for Argon2id (Password Storage Cheat Sheet); our secrets are of 32 random bytes, not passwords."""
+HASH_PREFIX: Final = "$argon2id$"
+CHECKS_AT_ONCE_MAX: Final = 2
+CHECKS_WAITING_MAX: Final = 16
+"""Whoever comes beyond that is told to try again: wrong tokens cannot take all of the machine."""
+REMEMBERED_MAX: Final = 1024
+
+
+def hash_secret(secret: bytes) -> str:
+    """In PHC string format, with a salt of its own. Blocks for some 25 ms."""
+    kdf = Argon2id(
+        salt=os.urandom(SALT_BYTES), length=HASH_BYTES, iterations=ITERATIONS, lanes=1, memory_cost=MEMORY_KIBIBYTES
+    )
+    return kdf.derive_phc_encoded(secret)
+
+
+def is_hash_of(secret: bytes, hashed: str) -> bool:
+    """Blocks for some 25 ms."""
+    try:
+        Argon2id.verify_phc_encoded(secret, hashed)
+    except (InvalidKey, ValueError):
+        return False
+    return True
+
+
+class SecretChecker:
+    """Used within one event loop."""
+
+    def __init__(self) -> None:
+        self._key = os.urandom(32)
+        self._right: dict[bytes, None] = {}
+        self._slots = asyncio.Semaphore(CHECKS_AT_ONCE_MAX)
+        self._waiting = 0
+
+    async def is_right(self, secret: bytes, hashed: str) -> bool:
+        """Raises ServerUnwell when too many are being checked."""
+        mark = blake3.blake3(len(secret).to_bytes(8, "big") + secret + hashed.encode(), key=self._key).digest()
+        if mark in self._right:
+            return True
+        if self._waiting >= CHECKS_WAITING_MAX:
+            raise ServerUnwell(reason="too many tokens are being checked at once")
+        self._waiting += 1
+        try:
+            async with self._slots:
+                is_right = await asyncio.get_running_loop().run_in_executor(None, is_hash_of, secret, hashed)
+        finally:
+            self._waiting -= 1
+        if is_right:
+            self._remember(mark)
+        return is_right
+
+    async def hash(self, secret: bytes) -> str:
+        """See hash_secret()."""
+        async with self._slots:
+            return await asyncio.get_running_loop().run_in_executor(None, hash_secret, secret)
+
+    def _remember(self, mark: bytes) -> None:
+        while len(self._right) >= REMEMBERED_MAX:
+            self._right.pop(next(iter(self._right)))
+        self._right[mark] = None

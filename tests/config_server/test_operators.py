@@ -1,0 +1,313 @@
+"""Operator tokens and the audit log, against a server that really runs and the database that it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config_server import token_hashes
+from config_server.audit import ADMINISTRATOR, NEWCOMER
+from config_server.installation import DATABASE_FILE
+from config_server.operators import USE_NOTED_NS
+from config_server.token_hashes import CHECKS_WAITING_MAX, REMEMBERED_MAX, SecretChecker, hash_secret, is_hash_of
+from protocol.audit_chain import ChainEnd, entry_hash, follow_chain
+from protocol.control_errors import (
+    AuditChainBroken,
+    CredentialMissing,
+    OperatorTokenRefused,
+    ResourceNotFound,
+    ServerUnwell,
+)
+from protocol.enrollment import make_certificate_key
+from protocol.errors import NotPermitted
+from protocol.operator_messages import AuditEntry, OperatorRole, OperatorTokenRequest
+from protocol.vocabulary import Role, VaultId
+from tests.config_server.running import VAULT, AdjustableClock, Running, registration, running_server
+
+DAY_NS = 86400 * 10**9
+BEGINNING = ChainEnd.beginning(VAULT)
+
+
+async def refusal(server: Running, token: str) -> str:
+    async with server.operator(token) as operator:
+        with pytest.raises(OperatorTokenRefused) as refused:
+            await operator.machines()
+    return str(refused.value.fields["reason"])
+
+
+async def test_a_token_counts_until_it_expires_or_is_revoked(tmp_path: Path) -> None:
+    clock = AdjustableClock()
+    async with running_server(tmp_path / "server", clock=clock) as server:
+        short = await server.operator_token(OperatorRole.VIEWER, name="short", lifetime_seconds=3600)
+        long = await server.operator_token(OperatorRole.VIEWER, name="long", lifetime_seconds=86400)
+        for created in (short, long):
+            async with server.operator(created.secret_token) as operator:
+                await operator.machines()
+        clock.offset_ns += 3601 * 10**9
+        assert "expired" in await refusal(server, short.secret_token)
+        async with server.operator() as administrator:
+            for _ in range(2):
+                await administrator.revoke_operator_token(long.token)
+            with pytest.raises(ResourceNotFound):
+                await administrator.revoke_operator_token("9" * 32)
+            listed = {one.name: one for one in (await administrator.operator_tokens()).tokens}
+        assert "revoked" in await refusal(server, long.secret_token)
+        assert listed["long"].is_revoked
+        assert not listed["short"].is_revoked
+    async with running_server(tmp_path / "server", clock=clock) as server:
+        assert "revoked" in await refusal(server, long.secret_token)
+
+
+async def test_what_is_almost_a_token_is_none(tmp_path: Path) -> None:
+    async with running_server(tmp_path / "server") as server:
+        created = await server.operator_token(OperatorRole.AUDITOR)
+        head, token, secret = created.secret_token.split(".")
+        other = await server.operator_token(OperatorRole.VIEWER)
+        for wrong in (
+            f"{head}.{token}.{secret[:-1]}{'A' if secret[-1] != 'A' else 'B'}",
+            f"{head}.{'0' * 32}.{secret}",
+            f"{head}.{other.token}.{secret}",
+        ):
+            assert await refusal(server, wrong) == "it is not known here"
+        for wrong in (secret, token, f"{head}.{token}", server.admin_token + "x", "x" * 600, "farpoint..", "é"):
+            async with server.plain_session(bearer=wrong) as session, session.get("/v1/machines") as response:
+                assert response.status == 401
+                assert "code" in await response.json(content_type=None)
+
+
+async def test_a_role_is_no_more_than_it_says(tmp_path: Path) -> None:
+    async with running_server(tmp_path / "server") as server:
+        for role in OperatorRole:
+            created = await server.operator_token(role)
+            async with server.operator(created.secret_token) as operator:
+                await operator.disks()
+                with pytest.raises(NotPermitted):
+                    await operator.create_operator_token(OperatorTokenRequest(name="x", role=OperatorRole.VIEWER))
+
+
+async def test_when_a_token_was_used_is_kept_without_a_write_each_time(tmp_path: Path) -> None:
+    clock = AdjustableClock()
+    async with running_server(tmp_path / "server", clock=clock) as server:
+        created = await server.operator_token(OperatorRole.VIEWER, lifetime_seconds=86400)
+        seen = []
+        for step_ns in (0, USE_NOTED_NS // 2, USE_NOTED_NS):
+            clock.offset_ns += step_ns
+            async with server.operator(created.secret_token) as operator, server.operator() as administrator:
+                await operator.machines()
+                (status,) = (await administrator.operator_tokens()).tokens
+                seen.append(status.used_at_ns)
+        first, second, third = seen
+        assert first is not None
+        assert third is not None
+        assert first == second < third
+
+
+async def test_nothing_at_rest_is_a_token(tmp_path: Path) -> None:
+    async with running_server(tmp_path / "server") as server:
+        created = await server.operator_token(OperatorRole.OPERATOR)
+        admin_token = server.admin_token
+        (server.path / "admin-token").unlink()  # what an operator may do, and should
+        secret = created.secret_token.rsplit(".", 1)[1]
+        async with server.operator(created.secret_token) as operator:
+            await operator.machines()
+        for file in server.path.rglob("*"):
+            if file.is_file():
+                data = file.read_bytes()
+                assert secret.encode() not in data
+                assert admin_token.encode() not in data
+        async with server.operator(admin_token) as administrator:
+            assert len((await administrator.operator_tokens()).tokens) == 1
+    async with running_server(tmp_path / "server") as server, server.operator(admin_token) as administrator:
+        await administrator.machines()
+
+
+# hashes of secrets
+
+
+def test_a_hash_is_of_one_secret_and_never_the_same() -> None:
+    one, other = hash_secret(b"secret"), hash_secret(b"secret")
+    assert one != other
+    assert is_hash_of(b"secret", one)
+    assert is_hash_of(b"secret", other)
+    assert not is_hash_of(b"secreu", one)
+    assert not is_hash_of(b"", one)
+    assert not is_hash_of(b"secret", "$argon2id$v=19$nonsense")
+    assert not is_hash_of(b"secret", "")
+
+
+async def test_a_right_secret_is_checked_once_and_a_wrong_one_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bytes] = []
+
+    def check(secret: bytes, hashed: str) -> bool:
+        calls.append(secret)
+        return secret.startswith(b"right") and hashed == "hash"
+
+    monkeypatch.setattr(token_hashes, "is_hash_of", check)
+    checker = SecretChecker()
+    for _ in range(3):
+        assert await checker.is_right(b"right", "hash")
+        assert not await checker.is_right(b"right", "another hash")
+        assert not await checker.is_right(b"wrong", "hash")
+    assert calls.count(b"right") == 1 + 3
+    assert calls.count(b"wrong") == 3
+    for number in range(REMEMBERED_MAX):
+        assert await checker.is_right(b"right %d" % number, "hash")
+    assert len(checker._right) == REMEMBERED_MAX
+    await checker.is_right(b"right", "hash")
+    assert calls.count(b"right") == 1 + 3 + 1
+
+
+async def test_wrong_tokens_cannot_queue_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_hashes, "is_hash_of", lambda secret, hashed: False)
+    checker = SecretChecker()
+    found = await asyncio.gather(
+        *(checker.is_right(b"%d" % number, "hash") for number in range(3 * CHECKS_WAITING_MAX)), return_exceptions=True
+    )
+    assert sum(isinstance(one, ServerUnwell) for one in found) == 2 * CHECKS_WAITING_MAX
+    assert found.count(False) == CHECKS_WAITING_MAX
+    assert not await checker.is_right(b"later", "hash")
+
+
+# the audit log
+
+
+async def all_entries(server: Running) -> tuple[AuditEntry, ...]:
+    async with server.operator() as administrator:
+        page = await administrator.audit_page()
+    assert page.newest_number == len(page.entries)
+    return page.entries
+
+
+async def test_every_change_is_in_the_log_with_who_made_it(tmp_path: Path) -> None:
+    async with running_server(tmp_path / "server") as server:
+        created = await server.operator_token(OperatorRole.OPERATOR, name="grace")
+        client = await server.agent(tmp_path / "agent", name="db-1")
+        async with client as agent, server.operator(created.secret_token) as operator:
+            disk = (await agent.register_disk(registration())).disk
+            await agent.register_disk(registration())  # nothing new
+            await operator.pause_disk(disk, is_paused=True)
+            await operator.pause_disk(disk, is_paused=False)
+            await agent.unregister_disk(disk, keep_data=True)
+            await agent.renew(make_certificate_key("db-1").request_pem)
+            (certificate, *_) = (await operator.certificates()).certificates
+            await operator.revoke_certificate(certificate.serial)
+        async with server.operator() as administrator:
+            await administrator.revoke_operator_token(created.token)
+        entries = await all_entries(server)
+    machine = certificate.identifier
+    assert [(entry.action, entry.actor_kind, entry.actor_name, entry.subject) for entry in entries] == [
+        ("create operator token", ADMINISTRATOR, ADMINISTRATOR, created.token),
+        ("create join token", ADMINISTRATOR, ADMINISTRATOR, entries[1].subject),
+        ("enrol", NEWCOMER, "db-1", machine),
+        ("protect disk", Role.AGENT.value, "db-1", disk),
+        ("pause disk", "operator", "grace", disk),
+        ("resume disk", "operator", "grace", disk),
+        ("end protection of disk", Role.AGENT.value, "db-1", disk),
+        ("renew certificate", Role.AGENT.value, "db-1", machine),
+        ("revoke certificates", "operator", "grace", machine),
+        ("revoke operator token", ADMINISTRATOR, ADMINISTRATOR, created.token),
+    ]
+    assert entries[2].actor == entries[1].subject
+    assert entries[3].details == {"path": "/dev/vda"}
+    assert follow_chain(BEGINNING, entries) == ChainEnd(number=len(entries), hash=entries[-1].hash)
+
+
+async def test_what_is_refused_or_fails_is_not_in_the_log(tmp_path: Path) -> None:
+    async with running_server(tmp_path / "server") as server:
+        viewer = await server.operator_token(OperatorRole.VIEWER)
+        before = await all_entries(server)
+        async with server.operator(viewer.secret_token) as operator, server.operator() as administrator:
+            with pytest.raises(NotPermitted):
+                await operator.revoke_certificate("AB")
+            with pytest.raises(ResourceNotFound):
+                await administrator.revoke_certificate("AB")
+            with pytest.raises(CredentialMissing):
+                async with server.operator("nonsense") as nobody:
+                    await nobody.revoke_certificate("AB")
+        assert await all_entries(server) == before
+
+
+async def test_pages_are_of_any_size_and_changes_at_once_make_one_chain(tmp_path: Path) -> None:
+    async with running_server(tmp_path / "server") as server, server.operator() as administrator:
+        request = OperatorTokenRequest(name="x", role=OperatorRole.VIEWER)
+        await asyncio.gather(*(administrator.create_operator_token(request) for _ in range(12)))
+        found: list[AuditEntry] = []
+        while page := (await administrator.audit_page(after=len(found), limit=5)).entries:
+            assert len(page) <= 5
+            found += page
+        assert follow_chain(BEGINNING, found).number == 12
+
+
+@pytest.mark.parametrize(
+    "tampering",
+    [
+        "UPDATE audit_entries SET actor_name = 'eve' WHERE number = 2",
+        "UPDATE audit_entries SET details = '{}' WHERE number = 2",
+        "UPDATE audit_entries SET at_ns = at_ns + 1 WHERE number = 3",
+        "DELETE FROM audit_entries WHERE number = 1",
+        "DELETE FROM audit_entries WHERE number = 2",
+    ],
+)
+async def test_a_log_that_was_tampered_with_does_not_hold(tmp_path: Path, tampering: str) -> None:
+    async with running_server(tmp_path / "server") as server:
+        for _ in range(4):
+            await server.operator_token(OperatorRole.VIEWER)
+    with sqlite3.connect(tmp_path / "server" / DATABASE_FILE) as connection:
+        connection.execute(tampering)
+    connection.close()
+    async with running_server(tmp_path / "server") as server, server.operator() as administrator:
+        entries = (await administrator.audit_page()).entries
+    with pytest.raises(AuditChainBroken):
+        follow_chain(BEGINNING, entries)
+
+
+TEXTS = st.text(max_size=20)
+ENTRIES = st.lists(
+    st.tuples(TEXTS, TEXTS, TEXTS, st.dictionaries(TEXTS, TEXTS, max_size=3), st.integers(0, 2**62)),
+    min_size=1,
+    max_size=6,
+)
+
+
+def chained(rows: list[tuple[str, str, str, dict[str, str], int]], beginning: ChainEnd = BEGINNING) -> list[AuditEntry]:
+    end, entries = beginning, list[AuditEntry]()
+    for name, action, subject, details, at_ns in rows:
+        entry = AuditEntry(
+            number=end.number + 1,
+            at_ns=at_ns,
+            actor_kind="operator",
+            actor="a" * 32,
+            actor_name=name,
+            action=action,
+            subject=subject,
+            details=details,
+            hash="0" * 64,
+        )
+        entry = entry.model_copy(update={"hash": entry_hash(end, entry)})
+        entries.append(entry)
+        end = ChainEnd(number=entry.number, hash=entry.hash)
+    return entries
+
+
+@given(ENTRIES, st.data())
+def test_no_entry_can_be_changed_left_out_moved_or_taken_from_another_vault(
+    rows: list[tuple[str, str, str, dict[str, str], int]], data: st.DataObject
+) -> None:
+    entries = chained(rows)
+    assert follow_chain(BEGINNING, entries).number == len(entries)
+    assert follow_chain(follow_chain(BEGINNING, entries[:1]), entries[1:]).hash == entries[-1].hash
+    place = data.draw(st.integers(0, len(entries) - 1))
+    name = data.draw(st.sampled_from(["actor_name", "action", "subject", "actor", "actor_kind"]))
+    changed = entries[place].model_copy(update={name: getattr(entries[place], name) + "x"})
+    for broken in (
+        [*entries[:place], changed, *entries[place + 1 :]],
+        [*entries[:place], *entries[place + 1 :], entries[place]] if place < len(entries) - 1 else [changed],
+        chained(rows, ChainEnd.beginning(VaultId("f" * 32))),
+    ):
+        with pytest.raises(AuditChainBroken):
+            follow_chain(BEGINNING, broken)
