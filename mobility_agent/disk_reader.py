@@ -41,8 +41,9 @@ _BLKSSZGET: Final = 0x1268
 _WRITE_AND_WAIT: Final = 7
 """SYNC_FILE_RANGE_WAIT_BEFORE | WRITE | WAIT_AFTER"""
 _library = ctypes.CDLL(None)
-log = structlog.get_logger(__name__)
 _GONE: Final = (errno.ENXIO, errno.ENODEV, errno.ENOENT)
+
+log = structlog.get_logger(__name__)
 
 
 class LocalDisk:
@@ -156,16 +157,18 @@ class LocalDisk:
         return ExclusiveProof(self.path, device=self._device) if self._is_block else LeaseProof(self._descriptor)
 
     def close(self) -> None:
-        if self._parallel is not None:
-            self._parallel.close()
-            self._parallel = None
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        parallel, self._parallel = self._parallel, None
+        descriptor, self._descriptor = self._descriptor, -1
+        try:
+            if parallel is not None:
+                parallel.close()
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
 
     def _parallel_reads(self) -> ParallelReads | None:
         """None where the kernel has no more of them to give, or reads would wait for each other anyway."""
-        if self._parallel is None and self._is_block and not self._is_one_by_one:
+        if self._parallel is None and self._is_block and self._descriptor >= 0 and not self._is_one_by_one:
             try:
                 self._parallel = ParallelReads(self._descriptor)
             except OSError as error:

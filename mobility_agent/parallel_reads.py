@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import sys
 import threading
 from typing import Final
 
@@ -21,6 +22,7 @@ _SYSTEM_CALLS: Final = {  # io_setup, io_destroy, io_submit, io_getevents
     "x86_64": (206, 207, 209, 208),
     "aarch64": (0, 1, 2, 4),
 }
+_NOTHING_CAME: Final = -1
 _READ: Final = 0
 """IOCB_CMD_PREAD"""
 _REQUEST: Final = numpy.dtype(  # struct iocb of <linux/aio_abi.h>, where numbers are little-endian
@@ -52,7 +54,7 @@ class ParallelReads:
         """Raises OSError where the kernel has no such calls, refuses them, or has too many users of them
         (fs.aio-max-nr)."""
         numbers = _SYSTEM_CALLS.get(os.uname().machine)
-        if numbers is None:
+        if numbers is None or sys.maxsize < 2**32:
             raise OSError(errno.ENOSYS, "no asynchronous I/O is known for this architecture")
         self._setup, self._destroy, self._submit, self._get_events = numbers
         self._requests = numpy.zeros(READS_MAX, _REQUEST)
@@ -68,24 +70,37 @@ class ParallelReads:
 
     def read(self, offsets_bytes: Places, lengths_bytes: Places, addresses: Places) -> list[int]:
         """Reads each of the pieces to its address; returns the numbers of those that did not come whole, of which the
-        memory may hold anything. On return, by whichever way, nothing is written there any more. Raises OSError."""
+        memory may hold anything. After it, whichever way it ended, nothing is written there any more."""
         missing: list[int] = []
         with self._lock:
             for first in range(0, len(offsets_bytes), READS_MAX):
                 batch = slice(first, first + READS_MAX)
                 lengths = lengths_bytes[batch]
                 count = len(lengths)
-                requests = self._requests[:count]
+                requests, results = self._requests[:count], numpy.full(count, _NOTHING_CAME, numpy.int64)
                 requests["offset"], requests["length"] = offsets_bytes[batch], lengths
                 requests["address"] = addresses[batch]
-                results = self._collect(self._begin(count), count)
+                try:
+                    self._collect(self._begin(count), results)
+                except OSError:
+                    self._end()
+                    results[:] = _NOTHING_CAME
+                except BaseException:
+                    self._end()
+                    raise
                 missing += (numpy.flatnonzero(results != lengths) + first).tolist()
         return missing
 
     def close(self) -> None:
-        if self._context.value:
-            self._call(self._destroy, self._context)
-            self._context.value = 0
+        """Waits for reads that are under way. What is read from then on does not come."""
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
+        """On return nothing is under way."""
+        context, self._context = self._context, ctypes.c_ulong(0)
+        if context.value:
+            self._call(self._destroy, context)
 
     def _begin(self, count: int) -> int:
         """How many of the first `count` requests are under way: what the kernel does not take is not read."""
@@ -105,9 +120,8 @@ class ParallelReads:
             begun += taken
         return begun
 
-    def _collect(self, begun: int, count: int) -> Places:
-        """By request: the bytes that came, or an error below 0."""
-        results = numpy.full(count, -1, numpy.int64)
+    def _collect(self, begun: int, results: Places) -> None:
+        """Fills in, by request: the bytes that came, or an error below 0."""
         while begun:
             try:
                 ended = self._call(
@@ -120,13 +134,9 @@ class ParallelReads:
                 )
             except InterruptedError:
                 continue
-            except OSError:
-                self.close()  # why: it waits for what is under way
-                raise
             events = self._events[:ended]
             results[events["number"].astype(numpy.int64)] = events["result"]
             begun -= ended
-        return results
 
     def _call(self, number: int, *arguments: object) -> int:
         returned: int = _library.syscall(ctypes.c_long(number), *arguments)

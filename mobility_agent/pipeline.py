@@ -18,7 +18,7 @@ from mobility_agent.frame_buffers import BufferPair, FrameBuffers
 from mobility_agent.io_priority import IoPriority, set_io_priority
 from mobility_agent.tracking.change_source import Round, SourceFrame
 from protocol.vocabulary import Compression
-from runtime.blocking import finished
+from runtime.blocking import ended, finished
 
 COMPRESSION_LEVEL: Final = 1
 COMPRESSED_SHARE_MAX: Final = 0.95
@@ -99,14 +99,12 @@ class ReadAhead:
         return ReadyStep(frames=ready, compared_to_bytes=found.compared_to_bytes)
 
     async def close(self) -> None:
-        """Waits for a step in work and gives its buffers back."""
+        """Waits for a step in work, cancelled or not, and gives its buffers back."""
         step, self._step = self._step, None
         pair, self._pair = self._pair, None
         try:
             if step is not None:
-                await asyncio.wait([step])
-                if not step.cancelled():
-                    step.exception()
+                await ended(step)
         finally:
             if pair is not None:
                 pair.release()

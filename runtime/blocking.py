@@ -10,21 +10,27 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 
+async def ended(future: asyncio.Future[Result]) -> None:
+    """Waits until a call in the executor is over, whatever came of it. Cancelled, however often, it still waits: the
+    call's buffers are in use."""
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if not future.cancelled():
+        future.exception()  # or else the loop would complain that nobody had asked for it
+    if cancelled is not None:
+        raise cancelled
+
+
 async def finished(future: asyncio.Future[Result]) -> Result:
-    """Waits for a call in the executor. Cancelled, it still waits until the call has ended: its buffers are in use."""
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        while not future.done():
-            try:
-                await asyncio.wait([future])
-            except asyncio.CancelledError:
-                continue
-        if not future.cancelled():
-            future.exception()
-        raise
+    """What a call in the executor returns or raises; waits as ended() does."""
+    await ended(future)
+    return future.result()
 
 
-async def blocking(executor: Executor, call: Callable[[], Result]) -> Result:
-    """Runs `call` in the executor."""
+async def blocking(executor: Executor | None, call: Callable[[], Result]) -> Result:
+    """Runs `call` in the executor; None is the loop's own."""
     return await finished(asyncio.get_running_loop().run_in_executor(executor, call))

@@ -23,6 +23,7 @@ from mobility_agent.disk_reader import LocalDisk
 from mobility_agent.errors import ResyncNeeded
 from mobility_agent.ports import DrawRandom
 from mobility_agent.tracking.bitmap_round import BitmapRound, Receipt, RoundBegin
+from mobility_agent.tracking.block_bits import Mask, Numbers
 from mobility_agent.tracking.change_source import ReadTick, no_tick
 from mobility_agent.tracking.digest_renewal import DigestRenewal
 from mobility_agent.tracking.followed_disk import ChangeInFlight, Counters, FollowedDisk
@@ -137,11 +138,8 @@ class BitmapSource:
             if receipt.unknown:
                 self._renewal.expect()
             digests.write(sequence, receipt.digests)
-            with self._pending_lock:
-                # why: when track is lost everything is pending, also what frames that are still on their way carry
-                if not self._tracked.facts.resync_cause:
-                    for windows, masks in receipt.sent:
-                        self._tracked.layout.clear_masks(self._tracked.pending, windows, masks)
+            for windows, masks in receipt.sent:
+                self.clear_pending(windows, masks)
         self._sent_sequence = sequence
 
     def acknowledged(self, sequence: int) -> None:
@@ -172,6 +170,12 @@ class BitmapSource:
         self._tracked.settle()
         self._rebase()
         self._tracked.write_facts()
+
+    def clear_pending(self, windows: Numbers, masks: Mask) -> None:
+        with self._pending_lock:
+            # why: when track is lost everything is pending, also what frames that are still on their way carry
+            if not self._tracked.facts.resync_cause:
+                self._tracked.layout.clear_masks(self._tracked.pending, windows, masks)
 
     def _renew_digests(self) -> None:
         """Only after a round that settled, and whose change sets were acknowledged: what was marked until then was read

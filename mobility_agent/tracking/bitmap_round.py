@@ -28,7 +28,8 @@ from protocol.vocabulary import DIGEST_BLOCK_BYTES, FRAME_EXTENTS_MAX, ChangeKin
 DIGEST_BLOCKS: Final = WINDOW_BYTES // DIGEST_BLOCK_BYTES
 BATCH_WINDOWS_MIN: Final = 16
 BATCH_WINDOWS_MAX: Final = 256
-"""What is sent of so many fits a frame: besides 1 MiB of data no more than eight discarded ranges of each."""
+"""What is sent of so many fits a frame: besides 1 MiB of data no more than eight discarded ranges of each, for what
+goes out as discarded is pending by whole digest blocks."""
 READ_GAP_BYTES_MAX: Final = 16 * 1024
 """What lies between two marked blocks is read with them if it is no more: one read is cheaper than two."""
 
@@ -68,7 +69,7 @@ class Runs:
         return numpy.cumsum(lengths) - lengths
 
     def joined(self, gap_bytes: int) -> Runs:
-        """With those in one, of the same window, between which lies no more than that."""
+        """Those of one window with no more than that between them become one."""
         is_begin = (self.first[1:] - self.end[:-1] > gap_bytes) | (
             self.first[1:] // WINDOW_BYTES != self.first[:-1] // WINDOW_BYTES
         )
@@ -116,6 +117,10 @@ class RoundOwner(Protocol):
 
     def settle(self) -> None:
         """All that was marked at submission up to the last swap was read after it had completed."""
+        ...
+
+    def clear_pending(self, windows: Numbers, masks: Mask) -> None:
+        """The history holds these blocks as they were read, or a change set carries them."""
         ...
 
 
@@ -250,7 +255,7 @@ class BitmapRound:
         receipt, marked, sent = Receipt(), batch.marked, batch.pending
         unchanged = self._sort_out(batch, buffer, receipt)
         if unchanged is not None:
-            layout.clear_masks(self._tracked.pending, batch.windows, unchanged)
+            self._owner.clear_pending(batch.windows, unchanged)
             marked, sent = marked & ~unchanged, sent & ~unchanged
         runs = self._runs(batch.windows, marked)
         receipt.unknown = numpy.setdiff1d(
@@ -294,11 +299,13 @@ class BitmapRound:
     def _runs(self, windows: Numbers, masks: Mask) -> Runs:
         """Of the blocks that the masks name, up to the disk's end; none goes from one window into the next."""
         size = self._layout.block_bytes
-        edges = numpy.diff(masks.astype(numpy.int8), axis=1, prepend=0, append=0)
+        none = numpy.int8(0)
+        edges = numpy.diff(masks.view(numpy.int8), axis=1, prepend=none, append=none)
         rows, places = numpy.nonzero(edges > 0)
         _, ends = numpy.nonzero(edges < 0)
         first, end = windows[rows] * WINDOW_BYTES + places * size, windows[rows] * WINDOW_BYTES + ends * size
-        return Runs(first=first, end=numpy.minimum(end, self._layout.size_bytes))
+        within = first < self._layout.size_bytes
+        return Runs(first=first[within], end=numpy.minimum(end[within], self._layout.size_bytes))
 
     def _sort_out(self, batch: _Batch, buffer: memoryview, receipt: Receipt) -> Mask | None:
         """Which of the marked blocks the history holds as they are; None for none. The receipt gets the digests of

@@ -97,13 +97,8 @@ class BlockLayout:
         _mark_range(bits, 0, self.blocks)
 
     def clear_masks(self, bits: Bits, windows: Numbers, masks: Mask) -> None:
-        """The blocks of these windows that the masks name, a row each."""
+        """The blocks of these windows that the masks name, a row each. Nobody may mark others of them meanwhile."""
         self._rows_of(bits)[windows] &= ~numpy.packbits(masks, axis=1, bitorder="little")
-
-    def _rows_of(self, bits: Bits) -> Bits:
-        """The bytes of each window as a row."""
-        width = self.window_blocks // 8
-        return bits[: self.windows * width].reshape(-1, width)
 
     def mark_masks(self, bits: Bits, windows: Numbers, masks: Mask) -> None:
         """The blocks of these windows that the masks name, a row each."""
@@ -120,6 +115,11 @@ class BlockLayout:
         """Blocks that are marked in both. The first may not be marked meanwhile."""
         marked = numpy.flatnonzero(one)
         return int(numpy.unpackbits(one[marked] & other[marked]).sum())
+
+    def _rows_of(self, bits: Bits) -> Bits:
+        """The bytes of each window as a row."""
+        width = self.window_blocks // 8
+        return bits[: self.windows * width].reshape(-1, width)
 
 
 def bits_like(bits: Bits) -> Bits:

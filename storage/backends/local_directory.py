@@ -22,6 +22,7 @@ from urllib.parse import quote
 import structlog
 from typing_extensions import Buffer
 
+from runtime.blocking import blocking
 from runtime.local_directory import DIRECTORY_MODE, make_directory, synchronize_directory
 from storage.backends.direct_writer import write_new_file
 from storage.backends.object_store import ObjectInfo, check_object_name, clamp_range, is_component
@@ -121,17 +122,8 @@ class LocalDirectoryStore:
 
     async def _run_to_end(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """As _run, but a cancellation waits for the thread, which still reads the caller's buffers."""
-        running = asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
         try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            while not running.done():
-                try:
-                    await asyncio.wait([running])
-                except asyncio.CancelledError:
-                    continue
-            running.exception()
-            raise
+            return await blocking(self._executor, lambda: function(*arguments))
         except OSError as error:
             raise self._fault(error) from error
 

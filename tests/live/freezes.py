@@ -133,7 +133,7 @@ def wait_now_and_then(disk: LocalDisk, canary: Canary) -> None:
         LocalDisk.read_into(disk, offset_bytes, buffer)
 
     disk.read_into = read  # type: ignore[method-assign]
-    disk._is_one_by_one = True
+    disk._parallel_reads = lambda: None  # type: ignore[method-assign]
 
 
 @dataclass(slots=True, kw_only=True)
