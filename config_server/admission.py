@@ -28,8 +28,9 @@ from config_server.database.members import (
     use_join_token,
 )
 from config_server.installation import Installation
+from config_server.wrong_secrets import WrongSecrets
 from protocol.control import CertificateBundle
-from protocol.control_errors import ResourceNotFound
+from protocol.control_errors import JoinTokenWrong, ResourceNotFound
 from protocol.enrollment import EnrollmentReply, EnrollmentRequest, proof_key
 from protocol.errors import CertificateRefused
 from protocol.join_token import SECRET_BYTES, JoinToken
@@ -51,6 +52,7 @@ class AdmissionOffice:
         clock: ServerClock,
         announcements: Announcements,
         audit: AuditLog,
+        wrong_secrets: WrongSecrets,
     ) -> None:
         self._installation = installation
         self._authority = installation.authority
@@ -58,6 +60,7 @@ class AdmissionOffice:
         self._clock = clock
         self._announcements = announcements
         self._audit = audit
+        self._wrong_secrets = wrong_secrets
 
     def describe(self) -> ServerDescription:
         return ServerDescription(vault=self._installation.vault, authority_pem=self._authority.certificate_pem.decode())
@@ -91,9 +94,17 @@ class AdmissionOffice:
             )
         return JoinTokenCreated(token=token.format(), role=request.role, expires_at_ns=stored.expires_ns)
 
-    async def enroll(self, request: EnrollmentRequest) -> EnrollmentReply:
-        """Raises JoinTokenWrong, JoinTokenForAnotherRole, JoinTokenUsed, JoinTokenExpired, RequestInvalid,
-        CertificateRequestInvalid."""
+    async def enroll(self, request: EnrollmentRequest, address: str) -> EnrollmentReply:
+        """address: where the newcomer is. Raises JoinTokenWrong, JoinTokenForAnotherRole, JoinTokenUsed,
+        JoinTokenExpired, RequestInvalid, CertificateRequestInvalid, TooManyAttempts."""
+        self._wrong_secrets.check(address)
+        try:
+            return await self._enroll(request)
+        except JoinTokenWrong:
+            self._wrong_secrets.note(address)
+            raise
+
+    async def _enroll(self, request: EnrollmentRequest) -> EnrollmentReply:
         now_ns = (await self._clock.tick()).tick_ns
         async with self._database.writing() as connection:
             stored, earlier_reply = await find_join_token(connection, request.token) or (None, None)

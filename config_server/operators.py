@@ -26,6 +26,7 @@ from config_server.database.operators import (
 )
 from config_server.installation import Installation
 from config_server.token_hashes import SecretChecker
+from config_server.wrong_secrets import WrongSecrets
 from protocol.control_errors import CredentialMissing, OperatorTokenRefused, ResourceNotFound
 from protocol.operator_messages import (
     AuditPage,
@@ -54,23 +55,33 @@ class Operator:
 class OperatorOffice:
     """All methods: what they state is durable on return."""
 
-    def __init__(self, *, installation: Installation, database: Database, clock: ServerClock, audit: AuditLog) -> None:
+    def __init__(
+        self,
+        *,
+        installation: Installation,
+        database: Database,
+        clock: ServerClock,
+        audit: AuditLog,
+        wrong_secrets: WrongSecrets,
+    ) -> None:
         self._admin_token_hash = installation.admin_token_hash
         self._database = database
         self._clock = clock
         self._audit = audit
+        self._wrong_secrets = wrong_secrets
         self._checker = SecretChecker()
 
-    async def authenticate(self, bearer: str) -> Operator:
-        """Raises CredentialMissing, OperatorTokenRefused, ServerUnwell."""
+    async def authenticate(self, bearer: str, address: str) -> Operator:
+        """address: where the caller is. Raises CredentialMissing, OperatorTokenRefused, TooManyAttempts,
+        ServerUnwell."""
         if len(bearer) > BEARER_CHARACTERS_MAX or not bearer.isascii():
             raise CredentialMissing(needs="a valid operator token")
         match = _TEXT.fullmatch(bearer)
         if match is None:
-            if not await self._checker.is_right(bearer.encode(), self._admin_token_hash):
+            if not await self._is_right(bearer, self._admin_token_hash, address):
                 raise CredentialMissing(needs="a valid operator token")
             return Operator(actor=Actor(kind=ADMINISTRATOR, identifier="admin-token", name=ADMINISTRATOR), role=None)
-        return await self._holder(match[1], match[2])
+        return await self._holder(match[1], match[2], address)
 
     async def create_token(self, request: OperatorTokenRequest, actor: Actor) -> OperatorTokenCreated:
         """The secret is not kept."""
@@ -143,11 +154,20 @@ class OperatorOffice:
             end = await find_chain_end(connection)
         return AuditPage(now_ns=now_ns, entries=tuple(entries), newest_number=0 if end is None else end.number)
 
-    async def _holder(self, token: str, secret: str) -> Operator:
+    async def _is_right(self, secret: str, hashed: str, address: str) -> bool:
+        if self._checker.is_remembered(secret.encode(), hashed):
+            return True
+        self._wrong_secrets.check(address)
+        is_right = await self._checker.is_right(secret.encode(), hashed)
+        if not is_right:
+            self._wrong_secrets.note(address)
+        return is_right
+
+    async def _holder(self, token: str, secret: str, address: str) -> Operator:
         now_ns = (await self._clock.tick()).tick_ns
         async with self._database.reading() as connection:
             stored = await find_operator_token(connection, token)
-        if stored is None or not await self._checker.is_right(secret.encode(), stored.secret_hash):
+        if stored is None or not await self._is_right(secret, stored.secret_hash, address):
             raise OperatorTokenRefused(token=token, reason="it is not known here")
         if stored.is_revoked:
             raise OperatorTokenRefused(token=token, reason="it has been revoked")

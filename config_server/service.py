@@ -37,6 +37,7 @@ from config_server.operator_views import OperatorViews
 from config_server.operators import OperatorOffice
 from config_server.reconciler import Intervals, Reconciler
 from config_server.settings import ConfigServerSettings
+from config_server.wrong_secrets import WrongSecrets
 from protocol.enrollment import credentials_pem, make_certificate_key
 from protocol.errors import ReplicationError
 from runtime.clock import Clock, SystemClock
@@ -140,7 +141,7 @@ class ConfigServer:
             renew_after_seconds=settings.renew_after_seconds,
         )
         reconciler = Reconciler(installation.vault_authority, intervals)
-        audit = AuditLog(installation.vault)
+        audit, wrong_secrets = AuditLog(installation.vault), WrongSecrets()
         return Rooms(
             control_plane=ControlPlane(
                 vault=installation.vault,
@@ -151,9 +152,16 @@ class ConfigServer:
                 audit=audit,
             ),
             admission=AdmissionOffice(
-                installation=installation, database=database, clock=clock, announcements=announcements, audit=audit
+                installation=installation,
+                database=database,
+                clock=clock,
+                announcements=announcements,
+                audit=audit,
+                wrong_secrets=wrong_secrets,
             ),
-            operators=OperatorOffice(installation=installation, database=database, clock=clock, audit=audit),
+            operators=OperatorOffice(
+                installation=installation, database=database, clock=clock, audit=audit, wrong_secrets=wrong_secrets
+            ),
             views=OperatorViews(
                 database=database,
                 clock=clock,

@@ -55,7 +55,7 @@ class SecretChecker:
 
     async def is_right(self, secret: bytes, hashed: str) -> bool:
         """Raises ServerUnwell when too many are being checked."""
-        mark = blake3.blake3(len(secret).to_bytes(8, "big") + secret + hashed.encode(), key=self._key).digest()
+        mark = self._mark(secret, hashed)
         if mark in self._right:
             return True
         if self._waiting >= CHECKS_WAITING_MAX:
@@ -70,10 +70,17 @@ class SecretChecker:
             self._remember(mark)
         return is_right
 
+    def is_remembered(self, secret: bytes, hashed: str) -> bool:
+        """Whether it was right before."""
+        return self._mark(secret, hashed) in self._right
+
     async def hash(self, secret: bytes) -> str:
         """See hash_secret()."""
         async with self._slots:
             return await asyncio.get_running_loop().run_in_executor(None, hash_secret, secret)
+
+    def _mark(self, secret: bytes, hashed: str) -> bytes:
+        return blake3.blake3(len(secret).to_bytes(8, "big") + secret + hashed.encode(), key=self._key).digest()
 
     def _remember(self, mark: bytes) -> None:
         while len(self._right) >= REMEMBERED_MAX:

@@ -105,6 +105,15 @@ class CredentialMissing(PeerFault):
     hint = "Operators present a token of `farpoint operators create`, or the admin token; programs their certificate."
 
 
+class TooManyAttempts(PeerFault):
+    """This address has shown too many wrong tokens, or tried to enrol too often. Fields: wait_seconds."""
+
+    code = "too-many-attempts"
+    is_retryable = True
+    message = "too many attempts from this address; the next is good in {wait_seconds} s"
+    hint = "Wait; if that was not you, find out who tries from there."
+
+
 class OperatorTokenRefused(PeerFault):
     """Why is told only to who has the token. Fields: token (its public part), reason."""
 
@@ -201,6 +210,7 @@ REFUSALS: Final[dict[str, type[ReplicationError]]] = {
         ResourceNotFound,
         CredentialMissing,
         OperatorTokenRefused,
+        TooManyAttempts,
         JoinTokenWrong,
         JoinTokenExpired,
         JoinTokenUsed,

@@ -66,6 +66,7 @@ def _handle(route: Route, rooms: Rooms) -> Handler:
         caller = await _identify(request, route, rooms)
         call = Call(
             caller=caller,
+            address=_address_of(request),
             path=_validate(route.path, dict(request.match_info)),
             query=_validate(route.query, _single_values(request)),
             body=None if route.body is None else await _read_body(request, route, route.body),
@@ -84,7 +85,7 @@ async def _identify(request: web.Request, route: Route, rooms: Rooms) -> Caller:
     if scheme:
         if scheme.lower() != "bearer":
             raise CredentialMissing(needs="a bearer token")
-        operator = await rooms.operators.authenticate(token.strip())
+        operator = await rooms.operators.authenticate(token.strip(), _address_of(request))
         access = Access.ADMINISTRATOR if operator.role is None else ACCESS_OF_OPERATOR[operator.role]
         caller = Caller(access=access, operator=operator)
     else:
@@ -92,6 +93,10 @@ async def _identify(request: web.Request, route: Route, rooms: Rooms) -> Caller:
     if caller.access not in route.serves:
         raise NotPermitted(subject=caller.access.value, reason=f"{route.method} {route.template} is not for this role")
     return caller
+
+
+def _address_of(request: web.Request) -> str:
+    return request.remote or ""
 
 
 async def _identify_member(request: web.Request, route: Route, rooms: Rooms) -> Caller:

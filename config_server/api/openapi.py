@@ -19,7 +19,7 @@ OPENAPI_VERSION: Final = "3.1.0"
 _SCHEMAS: Final = "#/components/schemas/{model}"
 _VALIDATION: Final[JsonSchemaMode] = "validation"
 _SERIALIZATION: Final[JsonSchemaMode] = "serialization"
-_ERROR_STATUSES: Final = ("400", "401", "403", "404", "409", "413", "503")
+_ERROR_STATUSES: Final = ("400", "401", "403", "404", "409", "413", "429", "503")
 
 
 def openapi_document(routes: Iterable[Route]) -> Json:

@@ -22,6 +22,7 @@ from protocol.control_errors import (
     RequestTooLarge,
     ResourceNotFound,
     ServerUnwell,
+    TooManyAttempts,
     TooManyDisks,
 )
 from protocol.errors import CertificateRefused, NotPermitted, ReplicationError
@@ -44,6 +45,7 @@ STATUS_OF_ERROR: Final[dict[type[ReplicationError], HTTPStatus]] = {
     DiskOfAnotherMachine: HTTPStatus.CONFLICT,
     DiskChanged: HTTPStatus.CONFLICT,
     TooManyDisks: HTTPStatus.CONFLICT,
+    TooManyAttempts: HTTPStatus.TOO_MANY_REQUESTS,
     RequestTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     ServerUnwell: HTTPStatus.SERVICE_UNAVAILABLE,
 }
@@ -66,6 +68,8 @@ def problem_response(error: ReplicationError) -> web.Response:
         fields={name: _plain(value) for name, value in error.fields.items()},
     )
     headers = {"WWW-Authenticate": "Bearer"} if status is HTTPStatus.UNAUTHORIZED else {}
+    if isinstance(error, TooManyAttempts):
+        headers["Retry-After"] = str(error.fields["wait_seconds"])
     return web.Response(body=problem.model_dump_json(), status=status, content_type=PROBLEM_TYPE, headers=headers)
 
 

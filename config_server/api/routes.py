@@ -176,6 +176,8 @@ class Call:
     """A request that was let in and validated. path, query and body are of the route's types."""
 
     caller: Caller
+    address: str
+    """Where it comes from; of whoever stands in between, if somebody does."""
     path: Any
     query: Any
     body: Any
@@ -213,7 +215,7 @@ async def _describe(rooms: Rooms, call: Call) -> BaseModel:
 
 
 async def _enroll(rooms: Rooms, call: Call) -> BaseModel:
-    return await rooms.admission.enroll(call.body)
+    return await rooms.admission.enroll(call.body, call.address)
 
 
 async def _renew(rooms: Rooms, call: Call) -> BaseModel:

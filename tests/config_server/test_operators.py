@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from config_server import token_hashes
 from config_server.audit import ADMINISTRATOR, NEWCOMER
+from config_server.core.rate_limit import Rate, RateLimit
 from config_server.installation import DATABASE_FILE
 from config_server.operators import USE_NOTED_NS
 from config_server.token_hashes import CHECKS_WAITING_MAX, REMEMBERED_MAX, SecretChecker, hash_secret, is_hash_of
+from config_server.wrong_secrets import RATE
 from protocol.audit_chain import ChainEnd, entry_hash, follow_chain
 from protocol.control_errors import (
     AuditChainBroken,
@@ -23,8 +25,9 @@ from protocol.control_errors import (
     ResourceNotFound,
     ServerUnwell,
 )
-from protocol.enrollment import make_certificate_key
+from protocol.enrollment import EnrollmentRequest, make_certificate_key
 from protocol.errors import NotPermitted
+from protocol.join_token import JoinToken
 from protocol.operator_messages import AuditEntry, OperatorRole, OperatorTokenRequest
 from protocol.vocabulary import Role, VaultId
 from tests.config_server.running import VAULT, AdjustableClock, Running, registration, running_server
@@ -124,6 +127,58 @@ async def test_nothing_at_rest_is_a_token(tmp_path: Path) -> None:
             assert len((await administrator.operator_tokens()).tokens) == 1
     async with running_server(tmp_path / "server") as server, server.operator(admin_token) as administrator:
         await administrator.machines()
+
+
+async def test_who_guesses_has_to_wait_and_nobody_else(tmp_path: Path) -> None:
+    async with running_server(tmp_path / "server") as server:
+        known = await server.operator_token(OperatorRole.VIEWER)
+        expired = await server.operator_token(OperatorRole.VIEWER, lifetime_seconds=1)
+        wrong = f"{known.secret_token[:-2]}{'AA' if not known.secret_token.endswith('AA') else 'BB'}"
+        async with server.operator(known.secret_token) as operator, server.plain_session(bearer=wrong) as guesser:
+            await operator.machines()
+            for _ in range(RATE.at_once + 2):
+                async with guesser.get("/v1/machines") as response:
+                    status, headers = response.status, response.headers
+            assert status == 429
+            assert 1 <= int(headers["Retry-After"]) <= 2
+            await operator.machines()  # from the same address, and known
+        async with server.plain_session(bearer=expired.secret_token) as session, session.get("/v1/disks") as response:
+            assert response.status == 429
+        token = JoinToken(identifier="0" * 32, secret=bytes(32), authority_key_hash=bytes(32))
+        request = EnrollmentRequest(
+            token=token.identifier,
+            role=Role.AGENT,
+            name="x",
+            request_pem=make_certificate_key("x").request_pem,
+            proof=bytes(32),
+        )
+        async with (
+            server.plain_session() as session,
+            session.post(
+                "/v1/enrollments",
+                data=request.model_dump_json(),
+                headers={"Content-Type": "application/json"},
+            ) as response,
+        ):
+            assert response.status == 429
+
+
+def test_tries_come_back_with_time_and_other_addresses_have_their_own() -> None:
+    limit = RateLimit(Rate(at_once=3, per_second=0.5), addresses_max=2)
+    for _ in range(3):
+        assert limit.wait_seconds("a", 10.0) == 0
+        limit.count("a", 10.0)
+    assert limit.wait_seconds("a", 10.0) == 2.0
+    assert limit.wait_seconds("a", 11.0) == 1.0
+    assert limit.wait_seconds("a", 12.0) == 0
+    assert limit.wait_seconds("b", 10.0) == 0
+    limit.count("a", 10.0)
+    assert limit.wait_seconds("a", 10.0) == 4.0
+    assert limit.wait_seconds("a", 1000.0) == 0
+    limit.count("b", 10.0)
+    limit.count("c", 10.0)  # a is forgotten: it was seen longest ago
+    assert limit.wait_seconds("a", 10.0) == 0
+    assert len(limit._left) == 2
 
 
 # hashes of secrets
