@@ -11,6 +11,7 @@ from config_server.database.disks import StoredDisk, find_disk, list_disks
 from config_server.database.engine import Database
 from config_server.database.members import (
     StoredMachine,
+    find_machine,
     list_certificates,
     list_machines,
     list_process_servers,
@@ -22,6 +23,7 @@ from config_server.database.points import (
     list_newest_points,
     list_points,
 )
+from config_server.database.policies import StoredPolicy, find_policy, list_policies
 from config_server.reconciler import Reconciler
 from protocol.control_errors import ResourceNotFound
 from protocol.operator_messages import (
@@ -42,18 +44,16 @@ from protocol.vocabulary import DiskId, MachineId, ProcessServerId
 class OperatorViews:
     """Reads only."""
 
-    def __init__(
-        self, *, database: Database, clock: ServerClock, reconciler: Reconciler, rpo_threshold_seconds: float
-    ) -> None:
+    def __init__(self, *, database: Database, clock: ServerClock, reconciler: Reconciler) -> None:
         self._database = database
         self._clock = clock
         self._reconciler = reconciler
-        self._rpo_threshold_seconds = rpo_threshold_seconds
 
     async def machines(self) -> MachineList:
         now_ns = (await self._clock.tick()).tick_ns
         async with self._database.reading() as connection:
             stored = await list_machines(connection)
+            policies = {one.policy: one.content.name for one in await list_policies(connection)}
             disks: dict[MachineId, list[DiskId]] = defaultdict(list)
             for disk in await list_disks(connection):
                 if disk.known.is_protected:
@@ -68,6 +68,7 @@ class OperatorViews:
                 last_heard_ns=machine.heard_ns,
                 is_silent=self._reconciler.is_silent(machine.heard_ns, now_ns=now_ns),
                 disks=tuple(disks[machine.machine]),
+                policy=None if machine.policy is None else policies[machine.policy],
             )
             for machine in stored
         )
@@ -80,7 +81,14 @@ class OperatorViews:
             machines = {machine.machine: machine for machine in await list_machines(connection)}
             stored = sorted(await list_disks(connection), key=lambda disk: not disk.known.is_protected)
             points = await list_newest_points(connection)
-        disks = [self._disk(disk, machines[disk.machine], points.get(disk.disk), clock) for disk in stored]
+            policies = {one.policy: one for one in await list_policies(connection)}
+
+        def status(disk: StoredDisk) -> DiskStatus:
+            machine = machines[disk.machine]
+            policy = None if machine.policy is None else policies[machine.policy]
+            return self._disk(disk, machine, policy, points.get(disk.disk), clock)
+
+        disks = [status(disk) for disk in stored]
         return DiskList(now_ns=clock.tick_ns, disks=tuple(disks))
 
     async def disk(self, disk: DiskId) -> DiskStatus:
@@ -90,9 +98,11 @@ class OperatorViews:
             stored = await find_disk(connection, disk)
             if stored is None:
                 raise ResourceNotFound(what="disk", identifier=disk)
-            machines = {machine.machine: machine for machine in await list_machines(connection)}
+            machine = await find_machine(connection, stored.machine)
+            assert machine is not None
+            policy = None if machine.policy is None else await find_policy(connection, machine.policy)
             newest = await find_newest_point(connection, disk)
-        return self._disk(stored, machines[stored.machine], newest, clock)
+        return self._disk(stored, machine, policy, newest, clock)
 
     async def points(self, *, disk: DiskId | None, limit: int) -> RecoveryPointList:
         now_ns = (await self._clock.tick()).tick_ns
@@ -162,7 +172,12 @@ class OperatorViews:
         return CertificateList(now_ns=now_ns, certificates=certificates)
 
     def _disk(
-        self, stored: StoredDisk, machine: StoredMachine, newest: StoredPoint | None, clock: ServerClockState
+        self,
+        stored: StoredDisk,
+        machine: StoredMachine,
+        policy: StoredPolicy | None,
+        newest: StoredPoint | None,
+        clock: ServerClockState,
     ) -> DiskStatus:
         heard_ns = max(stored.reported_ns or 0, stored.registered_ns)
         report = stored.report
@@ -189,7 +204,7 @@ class OperatorViews:
                 clock,
                 newest=None if newest is None else newest.dated,
                 heard_ns=heard_ns,
-                threshold_seconds=self._rpo_threshold_seconds,
+                threshold_seconds=self._reconciler.terms_of(policy).rpo_threshold_seconds,
             ),
             error=None if report is None else report.error,
         )

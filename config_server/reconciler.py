@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from config_server.core.assignment import ProcessServerLoad, choose_process_server
 from config_server.core.grants import missing_grants, wanted_epochs
 from config_server.core.machine_descriptions import describe_machine
+from config_server.core.policies import Terms
 from config_server.core.recovery_points import point_record
 from config_server.core.registry import KnownDisk
 from config_server.database.disks import (
@@ -42,6 +43,7 @@ from config_server.database.points import (
     add_publication,
     list_publications,
 )
+from config_server.database.policies import StoredPolicy, find_policy
 from protocol.control import (
     ORDERS_PER_REPLY_MAX,
     AgentOrders,
@@ -65,20 +67,21 @@ class Intervals:
     """What every member is told, in seconds."""
 
     heartbeat_seconds: float
-    copy_interval_seconds: float
-    point_interval_seconds: float
-    freeze_interval_seconds: float = 0.0
-    application_interval_seconds: float = 0.0
-    """0: never."""
     renew_after_seconds: float
 
 
 class Reconciler:
     """Signs with the vault's authority key. Every method works within the transaction that it is given."""
 
-    def __init__(self, authority: AuthorityKey, intervals: Intervals) -> None:
+    def __init__(self, authority: AuthorityKey, intervals: Intervals, terms: Terms) -> None:
+        """terms: of machines without a replication policy."""
         self._authority = authority
         self._intervals = intervals
+        self._terms = terms
+
+    def terms_of(self, policy: StoredPolicy | None) -> Terms:
+        """What a machine with this replication policy goes by."""
+        return self._terms if policy is None else Terms.of(policy.content)
 
     async def reconcile_machine(self, connection: AsyncConnection, machine: StoredMachine, *, now_ns: int) -> set[str]:
         """Assigns, grants and describes as far as it is possible now. Returns the members whose orders changed."""
@@ -115,20 +118,22 @@ class Reconciler:
     ) -> AgentOrders:
         """All that holds for this machine now."""
         address = await address_of(connection, machine.process_server)
+        policy = None if machine.policy is None else await find_policy(connection, machine.policy)
+        terms = self.terms_of(policy)
         orders = AgentOrders(
             revision="",
             now_ns=0,
             heartbeat_seconds=self._intervals.heartbeat_seconds,
             renew_certificate=self._is_renewal_due(certificate, now_ns),
-            freeze_interval_seconds=self._intervals.freeze_interval_seconds,
-            application_interval_seconds=self._intervals.application_interval_seconds,
+            freeze_interval_seconds=terms.freeze_interval_seconds,
+            application_interval_seconds=terms.application_interval_seconds,
             disks=tuple(
                 DiskOrder(
                     disk=stored.disk,
                     process_server=address,
                     is_paused=stored.is_paused,
-                    copy_interval_seconds=self._intervals.copy_interval_seconds,
-                    point_interval_seconds=self._intervals.point_interval_seconds,
+                    copy_interval_seconds=terms.copy_interval_seconds,
+                    point_interval_seconds=terms.point_interval_seconds,
                 )
                 for stored in await list_disks(connection, machine=machine.machine)
                 if stored.known.is_protected

@@ -19,11 +19,12 @@ from prometheus_client import CollectorRegistry
 from config_server.admission import AdmissionOffice
 from config_server.announcements import Announcements
 from config_server.api.application import make_application
-from config_server.api.routes import Rooms
+from config_server.api.route import Rooms
 from config_server.audit import AuditLog
 from config_server.authority import IssuedCertificate
 from config_server.clock import ServerClock
 from config_server.control_plane import ControlPlane
+from config_server.core.policies import Terms
 from config_server.database.engine import Database, open_database
 from config_server.installation import (
     CREDENTIALS_FILE,
@@ -35,6 +36,7 @@ from config_server.installation import (
 from config_server.metrics import ConfigServerMetrics
 from config_server.operator_views import OperatorViews
 from config_server.operators import OperatorOffice
+from config_server.policies import PolicyOffice
 from config_server.reconciler import Intervals, Reconciler
 from config_server.settings import ConfigServerSettings
 from config_server.wrong_secrets import WrongSecrets
@@ -133,14 +135,16 @@ class ConfigServer:
     ) -> Rooms:
         settings = self._settings
         intervals = Intervals(
-            heartbeat_seconds=settings.heartbeat_seconds,
+            heartbeat_seconds=settings.heartbeat_seconds, renew_after_seconds=settings.renew_after_seconds
+        )
+        terms = Terms(
+            rpo_threshold_seconds=settings.rpo_threshold_seconds,
             copy_interval_seconds=settings.copy_interval_seconds,
             point_interval_seconds=settings.point_interval_seconds,
             freeze_interval_seconds=settings.freeze_interval_seconds,
             application_interval_seconds=settings.application_interval_seconds,
-            renew_after_seconds=settings.renew_after_seconds,
         )
-        reconciler = Reconciler(installation.vault_authority, intervals)
+        reconciler = Reconciler(installation.vault_authority, intervals, terms)
         audit, wrong_secrets = AuditLog(installation.vault), WrongSecrets()
         return Rooms(
             control_plane=ControlPlane(
@@ -166,8 +170,8 @@ class ConfigServer:
                 database=database,
                 clock=clock,
                 reconciler=reconciler,
-                rpo_threshold_seconds=settings.rpo_threshold_seconds,
             ),
+            policies=PolicyOffice(database=database, clock=clock, announcements=announcements, audit=audit),
         )
 
     @asynccontextmanager

@@ -22,6 +22,7 @@ COMMANDS: Final = {
     "machines": "farpoint.machine_commands:machines_group",
     "operators": "farpoint.operator_commands:operators_group",
     "points": "farpoint.listing_commands:points_command",
+    "policies": "farpoint.policy_commands:policies_group",
     "process-servers": "farpoint.listing_commands:process_servers_command",
     "recover": "farpoint.recover_command:recover_command",
     "token": "farpoint.token_commands:token_group",

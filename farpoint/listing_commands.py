@@ -44,6 +44,7 @@ def list_machines(loaded: Loaded[FarpointSettings], output: Output) -> ExitCode:
                     "machine": machine.machine,
                     "name": machine.name,
                     "disks": list(machine.disks),
+                    "policy": machine.policy,
                     "agent_version": machine.agent_version,
                     "last_heard": _instant(machine.last_heard_ns),
                     "is_silent": machine.is_silent,

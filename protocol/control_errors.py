@@ -130,6 +130,30 @@ class AuditChainBroken(LocalFault):
     hint = "Somebody changed the database by hand, or restored an older one. Compare it with a backup; find out who."
 
 
+class PolicyNameTaken(PeerFault):
+    """Fields: name."""
+
+    code = "policy-name-taken"
+    message = "there is a replication policy {name} already"
+    hint = "Choose another name, or edit that one: `farpoint policies edit`."
+
+
+class PolicyChanged(PeerFault):
+    """Somebody else edited it meanwhile. Fields: policy, version."""
+
+    code = "policy-changed"
+    message = "replication policy {policy} has been changed meanwhile; it is at version {version}"
+    hint = "Look at it again, and repeat what you want changed."
+
+
+class PolicyInUse(PeerFault):
+    """Fields: policy, machines (their number)."""
+
+    code = "policy-in-use"
+    message = "replication policy {policy} holds for {machines} machines"
+    hint = "Give them another one first: `farpoint machines set-policy`."
+
+
 class JoinTokenMalformed(LocalFault):
     """The text is not a join token. Fields: reason. Never holds the token itself."""
 
@@ -211,6 +235,9 @@ REFUSALS: Final[dict[str, type[ReplicationError]]] = {
         CredentialMissing,
         OperatorTokenRefused,
         TooManyAttempts,
+        PolicyNameTaken,
+        PolicyChanged,
+        PolicyInUse,
         JoinTokenWrong,
         JoinTokenExpired,
         JoinTokenUsed,

@@ -6,9 +6,9 @@ Statements about recoverability are made by the server's clock at `now_ns` of th
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Final
+from typing import Annotated, Final, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from protocol.control import (
     CertificateSerial,
@@ -43,6 +43,9 @@ JOIN_TOKEN_SECONDS_DEFAULT: Final = 3600
 OPERATOR_TOKEN_SECONDS_MAX: Final = 366 * 86400
 OPERATOR_TOKEN_SECONDS_DEFAULT: Final = 90 * 86400
 AUDIT_ENTRIES_PER_PAGE_MAX: Final = 1000
+COPY_INTERVALS_SECONDS: Final = (30.0, 300.0, 900.0)
+
+PolicyName: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,63}$")]
 
 
 class OperatorReply(BaseModel):
@@ -119,6 +122,8 @@ class MachineStatus(OperatorReply):
     is_silent: bool
     """Nothing heard for three heartbeats."""
     disks: tuple[Disk, ...]
+    policy: PolicyName | None = None
+    """The replication policy's name; None: the server's settings."""
 
 
 class ProcessServerStatus(OperatorReply):
@@ -225,6 +230,75 @@ class Problem(OperatorReply):
     hint: Detail = ""
     is_retryable: bool = False
     fields: dict[str, str | int | float | bool | None] = {}
+
+
+class ReplicationPolicy(ControlMessage):
+    """How machines are protected. A validation error names the field and its rule."""
+
+    name: PolicyName
+    rpo_threshold_seconds: Annotated[float, Field(ge=30.0, le=31 * 86400.0, allow_inf_nan=False)]
+    """An older newest point is a breach. It alerts only: replication goes as fast as it can anyway."""
+    point_interval_seconds: Annotated[float, Field(ge=5.0, le=3600.0, allow_inf_nan=False)]
+    """The crash-consistent point frequency while nothing changes; what changes is marked at once."""
+    application_interval_seconds: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    """The application-consistent point frequency where machines have scripts for it: 1 to 12 h; 0: never."""
+    freeze_interval_seconds: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    """A live disk of which no round settled for so long makes its machine's file systems be frozen for a moment:
+    30 s to 1 d; 0: never."""
+    copy_interval_seconds: Annotated[float, Field(allow_inf_nan=False)] = 30.0
+    """How often sources that cannot capture look for changes: every 30 s, 5 min or 15 min."""
+
+    @field_validator("application_interval_seconds")
+    @classmethod
+    def _check_application(cls, value: float) -> float:
+        return _never_or(value, 3600.0, 12 * 3600.0)
+
+    @field_validator("freeze_interval_seconds")
+    @classmethod
+    def _check_freeze(cls, value: float) -> float:
+        return _never_or(value, 30.0, 86400.0)
+
+    @field_validator("copy_interval_seconds")
+    @classmethod
+    def _check_copy(cls, value: float) -> float:
+        if value not in COPY_INTERVALS_SECONDS:
+            raise ValueError("must be 30, 300 or 900")
+        return value
+
+    @model_validator(mode="after")
+    def _check_threshold(self) -> Self:
+        if self.rpo_threshold_seconds < 2 * self.point_interval_seconds:
+            raise ValueError("rpo_threshold_seconds must be at least twice point_interval_seconds")
+        return self
+
+
+def _never_or(value: float, low: float, high: float) -> float:
+    if value and not low <= value <= high:
+        raise ValueError(f"must be 0, or from {low:g} to {high:g}")
+    return value
+
+
+class PolicyStatus(OperatorReply):
+    """version: counts the edits; an edit that names another one is refused."""
+
+    policy: Identifier
+    version: Annotated[int, Field(ge=1)]
+    content: ReplicationPolicy
+    machines: tuple[Machine, ...]
+    changed_at_ns: InstantNs
+
+
+class PolicyList(OperatorReply):
+    """Machines without a policy go by the server's settings."""
+
+    now_ns: InstantNs
+    policies: tuple[PolicyStatus, ...]
+
+
+class PolicyAssignment(ControlMessage):
+    """policy None: the server's settings count again."""
+
+    policy: Identifier | None
 
 
 class OperatorRole(enum.Enum):

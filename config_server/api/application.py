@@ -6,6 +6,7 @@ The order is fixed: credentials before the body is read, its size before it is p
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -18,17 +19,8 @@ from pydantic import BaseModel, ValidationError
 
 from config_server.api.openapi import openapi_document
 from config_server.api.problems import problem_response
-from config_server.api.routes import (
-    ACCESS_OF_OPERATOR,
-    ACCESS_OF_ROLE,
-    MEMBERS,
-    ROUTES,
-    Access,
-    Call,
-    Caller,
-    Rooms,
-    Route,
-)
+from config_server.api.route import ACCESS_OF_OPERATOR, ACCESS_OF_ROLE, MEMBERS, Access, Call, Caller, Rooms, Route
+from config_server.api.routes import ROUTES
 from config_server.metrics import ConfigServerMetrics
 from protocol.control import BODY_VALUES_MAX, has_too_many_values, reason_of
 from protocol.control_errors import (
@@ -43,6 +35,8 @@ from protocol.transport.tls import certificate_serial_of, identity_of
 
 BODY_SECONDS_MAX: Final = 30.0
 """How long a request's body may take to arrive."""
+
+_ETAG: Final = re.compile(r'"([0-9]{1,18})"')
 
 log = structlog.get_logger(__name__)
 
@@ -70,9 +64,12 @@ def _handle(route: Route, rooms: Rooms) -> Handler:
             path=_validate(route.path, dict(request.match_info)),
             query=_validate(route.query, _single_values(request)),
             body=None if route.body is None else await _read_body(request, route, route.body),
+            version=_expected_version(request),
         )
         reply = await route.handler(rooms, call)
-        return web.Response(body=reply.model_dump_json(), content_type="application/json")
+        version = getattr(reply, "version", None) if route.has_version else None
+        headers = {} if version is None else {"ETag": f'"{version}"'}
+        return web.Response(body=reply.model_dump_json(), content_type="application/json", headers=headers)
 
     return handle
 
@@ -93,6 +90,17 @@ async def _identify(request: web.Request, route: Route, rooms: Rooms) -> Caller:
     if caller.access not in route.serves:
         raise NotPermitted(subject=caller.access.value, reason=f"{route.method} {route.template} is not for this role")
     return caller
+
+
+def _expected_version(request: web.Request) -> int | None:
+    """Raises RequestInvalid."""
+    text = request.headers.get("If-Match")
+    if text is None or text == "*":
+        return None
+    match = _ETAG.fullmatch(text)
+    if match is None:
+        raise RequestInvalid(reason='If-Match: must be one ETag of this server, such as "3"')
+    return int(match[1])
 
 
 def _address_of(request: web.Request) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from config_server.api.routes import MEMBERS, STAFF, Access, Parameters, Route
+from config_server.api.route import MEMBERS, STAFF, Access, Parameters, Route
 from protocol.operator_messages import Problem
 
 Json = dict[str, Any]
@@ -19,7 +19,7 @@ OPENAPI_VERSION: Final = "3.1.0"
 _SCHEMAS: Final = "#/components/schemas/{model}"
 _VALIDATION: Final[JsonSchemaMode] = "validation"
 _SERIALIZATION: Final[JsonSchemaMode] = "serialization"
-_ERROR_STATUSES: Final = ("400", "401", "403", "404", "409", "413", "429", "503")
+_ERROR_STATUSES: Final = ("400", "401", "403", "404", "409", "412", "413", "429", "503")
 
 
 def openapi_document(routes: Iterable[Route]) -> Json:

@@ -36,6 +36,8 @@ class StoredMachine:
     description_version: int
     description: bytes | None = field(repr=False)
     """The signed record of description_version, None before the first."""
+    policy: str | None
+    """Of the replication policy; None: the server's settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,6 +310,7 @@ def _machine(row: Row[tuple[object, ...]]) -> StoredMachine:
         heard_ns=row.heard_ns,
         description_version=row.description_version,
         description=row.description,
+        policy=row.policy,
     )
 
 

@@ -25,6 +25,7 @@ metadata = MetaData(
         "pk": "pk_%(table_name)s",
         "fk": "fk_%(table_name)s_%(column_0_name)s",
         "ix": "ix_%(table_name)s_%(column_0_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
     }
 )
 
@@ -44,6 +45,16 @@ process_servers = Table(
     Column("heard_ns", BigInteger),
 )
 
+policies = Table(
+    "policies",
+    metadata,
+    Column("policy", String(32), primary_key=True),
+    Column("name", String(63), nullable=False, unique=True),
+    Column("version", BigInteger, nullable=False),
+    Column("content", Text, nullable=False),
+    Column("changed_ns", BigInteger, nullable=False),
+)
+
 machines = Table(
     "machines",
     metadata,
@@ -57,6 +68,7 @@ machines = Table(
     Column("heard_ns", BigInteger),
     Column("description_version", BigInteger, nullable=False),
     Column("description", LargeBinary),
+    Column("policy", String(32), ForeignKey("policies.policy"), index=True),
 )
 
 disks = Table(

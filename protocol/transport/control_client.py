@@ -69,12 +69,16 @@ from protocol.operator_messages import (
     OperatorTokenList,
     OperatorTokenRequest,
     PauseRequest,
+    PolicyAssignment,
+    PolicyList,
+    PolicyStatus,
     Problem,
     ProcessServerList,
     RecoveryPointList,
+    ReplicationPolicy,
     ServerDescription,
 )
-from protocol.vocabulary import DiskId, PeerIdentity, Role, VaultId
+from protocol.vocabulary import DiskId, MachineId, PeerIdentity, Role, VaultId
 
 REQUEST_SECONDS_MAX: Final = 30.0
 """How long any request may take, beyond the wait that a long poll asks for."""
@@ -157,10 +161,11 @@ class ControlConnection:
         *,
         body: BaseModel | None = None,
         query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
         wait_seconds: float = 0.0,
     ) -> _Reply:
         """Sends one request and returns its validated reply."""
-        status, content_type, data = await self._exchange(method, path, body, query or {}, wait_seconds)
+        status, content_type, data = await self._exchange(method, path, body, query or {}, headers or {}, wait_seconds)
         if status >= 400:
             raise self._refusal(status, content_type, data)
         try:
@@ -169,9 +174,15 @@ class ControlConnection:
             raise AnswerMalformed(server=self._url, reason=reason_of(error)) from error
 
     async def _exchange(
-        self, method: str, path: str, body: BaseModel | None, query: Mapping[str, str], wait_seconds: float
+        self,
+        method: str,
+        path: str,
+        body: BaseModel | None,
+        query: Mapping[str, str],
+        headers: Mapping[str, str],
+        wait_seconds: float,
     ) -> tuple[int, str, bytes]:
-        headers = {} if body is None else {"Content-Type": "application/json"}
+        headers = dict(headers) | ({} if body is None else {"Content-Type": "application/json"})
         data = None if body is None else body.model_dump_json().encode()
         try:
             async with asyncio.timeout(self._request_seconds_max + wait_seconds):
@@ -440,6 +451,30 @@ class OperatorClient(_Client):
     async def revoke_certificate(self, serial: str) -> None:
         """Idempotent. Raises ResourceNotFound."""
         await self._connection.request("PUT", f"/v1/certificates/{serial}/revocation", _Nothing)
+
+    async def policies(self) -> PolicyList:
+        return await self._connection.request("GET", "/v1/policies", PolicyList)
+
+    async def create_policy(self, content: ReplicationPolicy) -> PolicyStatus:
+        """Raises PolicyNameTaken."""
+        return await self._connection.request("POST", "/v1/policies", PolicyStatus, body=content)
+
+    async def edit_policy(self, policy: str, content: ReplicationPolicy, *, version: int | None = None) -> PolicyStatus:
+        """version: the one that the edit is based on. Raises ResourceNotFound, PolicyChanged, PolicyNameTaken."""
+        headers = {} if version is None else {"If-Match": f'"{version}"'}
+        return await self._connection.request(
+            "PUT", f"/v1/policies/{policy}", PolicyStatus, body=content, headers=headers
+        )
+
+    async def delete_policy(self, policy: str) -> None:
+        """Raises ResourceNotFound, PolicyInUse."""
+        await self._connection.request("DELETE", f"/v1/policies/{policy}", _Nothing)
+
+    async def set_policy(self, machine: MachineId, policy: str | None) -> None:
+        """None: the server's settings. Raises ResourceNotFound."""
+        await self._connection.request(
+            "PUT", f"/v1/machines/{machine}/policy", _Nothing, body=PolicyAssignment(policy=policy)
+        )
 
     async def describe(self) -> ServerDescription:
         return await self._connection.request("GET", "/v1/authority", ServerDescription)

@@ -10,7 +10,8 @@ import aiohttp
 import pytest
 
 from config_server.api.openapi import openapi_document
-from config_server.api.routes import ACCESS_OF_OPERATOR, MEMBERS, NOBODY, ROUTES, SMALL_BODY_BYTES_MAX, Access, Route
+from config_server.api.route import ACCESS_OF_OPERATOR, MEMBERS, NOBODY, SMALL_BODY_BYTES_MAX, Access, Route
+from config_server.api.routes import ROUTES
 from protocol.control import BODY_VALUES_MAX
 from protocol.enrollment import CREDENTIALS_FILE
 from protocol.operator_messages import Problem
@@ -29,7 +30,7 @@ PRINCIPALS: dict[str, Access] = {
     "administrator": Access.ADMINISTRATOR,
 }
 REFUSED = {401, 403}
-SAMPLE_PATH = {"disk": "d" * 32, "serial": "AB", "token": "e" * 32}
+SAMPLE_PATH = {"disk": "d" * 32, "serial": "AB", "token": "e" * 32, "policy": "f" * 32, "machine": "a" * 32}
 
 
 async def ask(

@@ -17,16 +17,19 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import alembic.command
+import alembic.config
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from click.testing import CliRunner
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, text
 
 from config_server import service
 from config_server.__main__ import main
 from config_server.database.disks import list_disks
-from config_server.database.engine import open_database
+from config_server.database.engine import _MIGRATIONS, open_database
+from config_server.database.members import list_machines
 from config_server.database.schema import metadata
 from config_server.errors import (
     AlreadyInitialised,
@@ -259,6 +262,31 @@ async def test_the_migrations_make_the_schema_that_the_queries_see(tmp_path: Pat
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, metadata) == []
     engine.dispose()
+
+
+async def test_a_database_of_the_first_schema_is_brought_up_to_date_with_what_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / DATABASE_FILE
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        connection.execute(text("PRAGMA foreign_keys=ON"))
+        configuration = alembic.config.Config()
+        configuration.set_main_option("script_location", str(_MIGRATIONS))
+        configuration.attributes["connection"] = connection
+        alembic.command.upgrade(configuration, "0001")
+        for statement in (
+            "INSERT INTO machines (machine, name, enrolled_ns, agent_version, boot_id, description_version)"
+            " VALUES ('m', 'db-1', 1, '', '', 0)",
+            "INSERT INTO disks (disk, machine, path, identity, registered_ns, is_protected, keeps_data, is_paused,"
+            " newest_used_epoch) VALUES ('d', 'm', '/dev/vda', :identity, 1, 1, 0, 0, 3)",
+        ):
+            connection.execute(text(statement), {"identity": disk_identity().model_dump_json()})
+    engine.dispose()
+    database = await open_database(path)
+    async with database.reading() as reading:
+        (disk,) = await list_disks(reading)
+        (machine,) = await list_machines(reading)
+    assert (disk.disk, disk.newest_used_epoch, machine.machine, machine.policy) == ("d", 3, "m", None)
+    await database.close()
 
 
 async def test_sigterm_stops_it_in_order_with_a_long_poll_open(tmp_path: Path) -> None:

@@ -196,3 +196,45 @@ def test_the_audit_log_is_listed_and_holds(server: RunningServer, tmp_path: Path
     for changed in ({"vault": "0" * 32}, {"number": "many"}):
         kept.write_text(json.dumps(remembered | changed))
         assert run("audit", "verify", "--remember", kept, *options).exit_code == ExitCode.FAILURE
+
+
+def test_a_policy_is_made_edited_and_deleted(server: RunningServer) -> None:
+    made = run("policies", "create", "gold", "--rpo-threshold", "5 min", "--points-every", "1 min", *server.options)
+    assert made.exit_code == ExitCode.OK, made.output
+    assert run("policies", "create", "gold", *server.options).exit_code == ExitCode.FAILURE
+
+    def gold() -> dict[str, object]:
+        (one,) = json.loads(run("policies", "list", "-o", "json", *server.options).stdout)
+        return one  # type: ignore[no-any-return]
+
+    assert (gold()["rpo_threshold_seconds"], gold()["point_interval_seconds"], gold()["version"]) == (300, 60, 1)
+    assert run("policies", "edit", "gold", "--copy-every", "15 min", *server.options).exit_code == ExitCode.OK
+    assert (gold()["copy_interval_seconds"], gold()["rpo_threshold_seconds"], gold()["version"]) == (900, 300, 2)
+    assert run("policies", "edit", "gold", "--name", "silver", *server.options).exit_code == ExitCode.OK
+    assert "silver" in run("policies", "list", *server.options).stdout
+    assert run("policies", "delete", "gold", *server.options).exit_code == ExitCode.NOT_FOUND
+    assert run("policies", "delete", "silver", *server.options).exit_code == ExitCode.OK
+    assert json.loads(run("policies", "list", "-o", "json", *server.options).stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (["--copy-every", "1 min"], "--copy-every"),
+        (["--rpo-threshold", "soon"], "soon"),
+        (["--points-every", "2 h"], "--points-every"),
+        (["--rpo-threshold", "5 min", "--points-every", "4 min"], "twice --points-every"),
+    ],
+)
+def test_terms_that_no_policy_may_have_are_named_by_their_option(
+    server: RunningServer, wrong: list[str], told: str
+) -> None:
+    refused = run("policies", "create", "wrong", *wrong, *server.options)
+    assert refused.exit_code == ExitCode.USAGE
+    assert told in refused.stderr
+
+
+def test_a_machine_that_nobody_knows_gets_no_policy(server: RunningServer) -> None:
+    assert run("machines", "set-policy", "db-9", "--none", *server.options).exit_code == ExitCode.NOT_FOUND
+    assert run("machines", "set-policy", "db-9", *server.options).exit_code == ExitCode.USAGE
+    assert run("machines", "set-policy", "db-9", "x", "--none", *server.options).exit_code == ExitCode.USAGE

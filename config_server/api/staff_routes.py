@@ -1,0 +1,333 @@
+"""The routes of operators, and of recovery workers who look things up."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from pydantic import BaseModel, Field
+
+from config_server.api.route import (
+    STAFF,
+    Access,
+    Call,
+    DiskPath,
+    Nothing,
+    Parameters,
+    Rooms,
+    Route,
+)
+from protocol.control import (
+    CertificateSerial,
+    Disk,
+    Identifier,
+    Machine,
+)
+from protocol.operator_messages import (
+    AUDIT_ENTRIES_PER_PAGE_MAX,
+    POINTS_PER_PAGE_MAX,
+    AuditPage,
+    CertificateList,
+    DiskList,
+    DiskStatus,
+    JoinTokenCreated,
+    JoinTokenRequest,
+    MachineList,
+    OperatorTokenCreated,
+    OperatorTokenList,
+    OperatorTokenRequest,
+    PauseRequest,
+    PolicyAssignment,
+    PolicyList,
+    PolicyStatus,
+    ProcessServerList,
+    RecoveryPointList,
+    ReplicationPolicy,
+)
+
+
+class SerialPath(Parameters):
+    serial: CertificateSerial
+
+
+class PolicyPath(Parameters):
+    policy: Identifier
+
+
+class MachinePath(Parameters):
+    machine: Machine
+
+
+class OperatorTokenPath(Parameters):
+    token: Identifier
+
+
+class PointsQuery(Parameters):
+    """The newest `limit` points, of one disk or of all."""
+
+    disk: Disk | None = None
+    limit: Annotated[int, Field(ge=1, le=POINTS_PER_PAGE_MAX)] = POINTS_PER_PAGE_MAX
+
+
+class AuditQuery(Parameters):
+    """Entries with numbers above `after`."""
+
+    after: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    limit: Annotated[int, Field(ge=1, le=AUDIT_ENTRIES_PER_PAGE_MAX)] = AUDIT_ENTRIES_PER_PAGE_MAX
+
+
+async def _create_token(rooms: Rooms, call: Call) -> BaseModel:
+    return await rooms.admission.create_token(call.body, call.caller.actor)
+
+
+async def _machines(rooms: Rooms, call: Call) -> BaseModel:
+    return await rooms.views.machines()
+
+
+async def _disks(rooms: Rooms, call: Call) -> BaseModel:
+    return await rooms.views.disks()
+
+
+async def _disk(rooms: Rooms, call: Call) -> BaseModel:
+    return await rooms.views.disk(call.path.disk)
+
+
+async def _pause_disk(rooms: Rooms, call: Call) -> BaseModel:
+    await rooms.control_plane.pause_disk(call.path.disk, call.caller.actor, is_paused=call.body.is_paused)
+    return await rooms.views.disk(call.path.disk)
+
+
+async def _points(rooms: Rooms, call: Call) -> BaseModel:
+    return await rooms.views.points(disk=call.query.disk, limit=call.query.limit)
+
+
+async def _process_servers(rooms: Rooms, call: Call) -> BaseModel:
+    return await rooms.views.process_servers()
+
+
+async def _certificates(rooms: Rooms, call: Call) -> BaseModel:
+    return await rooms.views.certificates()
+
+
+async def _revoke(rooms: Rooms, call: Call) -> BaseModel:
+    await rooms.admission.revoke(call.path.serial, call.caller.actor)
+    return Nothing()
+
+
+async def _create_policy(rooms: Rooms, call: Call) -> BaseModel:
+    return await rooms.policies.create(call.body, call.caller.actor)
+
+
+async def _policies(rooms: Rooms, call: Call) -> BaseModel:
+    return await rooms.policies.policies()
+
+
+async def _policy(rooms: Rooms, call: Call) -> BaseModel:
+    return await rooms.policies.policy(call.path.policy)
+
+
+async def _edit_policy(rooms: Rooms, call: Call) -> BaseModel:
+    return await rooms.policies.edit(call.path.policy, call.body, call.caller.actor, version=call.version)
+
+
+async def _delete_policy(rooms: Rooms, call: Call) -> BaseModel:
+    await rooms.policies.delete(call.path.policy, call.caller.actor)
+    return Nothing()
+
+
+async def _set_policy(rooms: Rooms, call: Call) -> BaseModel:
+    await rooms.policies.assign(call.path.machine, call.body.policy, call.caller.actor)
+    return Nothing()
+
+
+async def _create_operator_token(rooms: Rooms, call: Call) -> BaseModel:
+    return await rooms.operators.create_token(call.body, call.caller.actor)
+
+
+async def _operator_tokens(rooms: Rooms, call: Call) -> BaseModel:
+    return await rooms.operators.tokens()
+
+
+async def _revoke_operator_token(rooms: Rooms, call: Call) -> BaseModel:
+    await rooms.operators.revoke_token(call.path.token, call.caller.actor)
+    return Nothing()
+
+
+async def _audit(rooms: Rooms, call: Call) -> BaseModel:
+    return await rooms.operators.audit_page(after=call.query.after, limit=call.query.limit)
+
+
+_OPERATORS = frozenset({Access.OPERATOR, Access.ADMINISTRATOR})
+_ADMINISTRATORS = frozenset({Access.ADMINISTRATOR})
+_AUDITORS = frozenset({Access.AUDITOR, Access.ADMINISTRATOR})
+_READERS = STAFF | {Access.RECOVERY_WORKER}
+
+STAFF_ROUTES: Final[tuple[Route, ...]] = (
+    Route(
+        method="POST",
+        template="/v1/join-tokens",
+        summary="Make a join token; the only time that it is shown",
+        handler=_create_token,
+        reply=JoinTokenCreated,
+        serves=_OPERATORS,
+        body=JoinTokenRequest,
+    ),
+    Route(
+        method="GET",
+        template="/v1/machines",
+        summary="All machines",
+        handler=_machines,
+        reply=MachineList,
+        serves=_READERS,
+    ),
+    Route(
+        method="GET",
+        template="/v1/disks",
+        summary="All disks with their progress and RPO",
+        handler=_disks,
+        reply=DiskList,
+        serves=_READERS,
+    ),
+    Route(
+        method="GET",
+        template="/v1/disks/{disk}",
+        summary="One disk with its progress and RPO",
+        handler=_disk,
+        reply=DiskStatus,
+        serves=_READERS,
+        path=DiskPath,
+    ),
+    Route(
+        method="PUT",
+        template="/v1/disks/{disk}/pause",
+        summary="Hold back or resume the replication of a disk",
+        handler=_pause_disk,
+        reply=DiskStatus,
+        serves=_OPERATORS,
+        path=DiskPath,
+        body=PauseRequest,
+    ),
+    Route(
+        method="GET",
+        template="/v1/points",
+        summary="Recovery points, newest first",
+        handler=_points,
+        reply=RecoveryPointList,
+        serves=_READERS,
+        query=PointsQuery,
+    ),
+    Route(
+        method="GET",
+        template="/v1/process-servers",
+        summary="All process servers",
+        handler=_process_servers,
+        reply=ProcessServerList,
+        serves=STAFF,
+    ),
+    Route(
+        method="GET",
+        template="/v1/certificates",
+        summary="All certificates that have not expired",
+        handler=_certificates,
+        reply=CertificateList,
+        serves=_OPERATORS | _AUDITORS,
+    ),
+    Route(
+        method="PUT",
+        template="/v1/certificates/{serial}/revocation",
+        summary="Revoke a certificate and all others of its holder",
+        handler=_revoke,
+        reply=Nothing,
+        serves=_OPERATORS,
+        path=SerialPath,
+    ),
+    Route(
+        method="POST",
+        template="/v1/policies",
+        summary="Make a replication policy",
+        handler=_create_policy,
+        reply=PolicyStatus,
+        serves=_OPERATORS,
+        body=ReplicationPolicy,
+    ),
+    Route(
+        method="GET",
+        template="/v1/policies",
+        summary="All replication policies",
+        handler=_policies,
+        reply=PolicyList,
+        serves=STAFF,
+    ),
+    Route(
+        method="GET",
+        template="/v1/policies/{policy}",
+        summary="One replication policy; its version is the ETag",
+        handler=_policy,
+        reply=PolicyStatus,
+        serves=STAFF,
+        path=PolicyPath,
+    ),
+    Route(
+        method="PUT",
+        template="/v1/policies/{policy}",
+        summary="Edit a replication policy, of the version in If-Match if that is given",
+        handler=_edit_policy,
+        reply=PolicyStatus,
+        serves=_OPERATORS,
+        path=PolicyPath,
+        body=ReplicationPolicy,
+    ),
+    Route(
+        method="DELETE",
+        template="/v1/policies/{policy}",
+        summary="Delete a replication policy that holds for no machine",
+        handler=_delete_policy,
+        reply=Nothing,
+        serves=_OPERATORS,
+        path=PolicyPath,
+    ),
+    Route(
+        method="PUT",
+        template="/v1/machines/{machine}/policy",
+        summary="Give a machine a replication policy, or take it away",
+        handler=_set_policy,
+        reply=Nothing,
+        serves=_OPERATORS,
+        path=MachinePath,
+        body=PolicyAssignment,
+    ),
+    Route(
+        method="POST",
+        template="/v1/operator-tokens",
+        summary="Make an operator token; the only time that it is shown",
+        handler=_create_operator_token,
+        reply=OperatorTokenCreated,
+        serves=_ADMINISTRATORS,
+        body=OperatorTokenRequest,
+    ),
+    Route(
+        method="GET",
+        template="/v1/operator-tokens",
+        summary="All operator tokens that were ever made, without their secrets",
+        handler=_operator_tokens,
+        reply=OperatorTokenList,
+        serves=_AUDITORS,
+    ),
+    Route(
+        method="PUT",
+        template="/v1/operator-tokens/{token}/revocation",
+        summary="Revoke an operator token",
+        handler=_revoke_operator_token,
+        reply=Nothing,
+        serves=_ADMINISTRATORS,
+        path=OperatorTokenPath,
+    ),
+    Route(
+        method="GET",
+        template="/v1/audit",
+        summary="The audit log, oldest first",
+        handler=_audit,
+        reply=AuditPage,
+        serves=_AUDITORS,
+        query=AuditQuery,
+    ),
+)

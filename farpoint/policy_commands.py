@@ -1,0 +1,171 @@
+"""`farpoint policies create | list | edit | delete`, and which one a machine goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import click
+from pydantic import ValidationError
+
+from farpoint.options import server_options
+from farpoint.running import run_interruptible
+from farpoint.server_connection import operator_of
+from farpoint.settings import FarpointSettings
+from protocol.control import reason_of
+from protocol.control_errors import ResourceNotFound
+from protocol.operator_messages import MachineStatus, PolicyStatus, ReplicationPolicy
+from protocol.transport.control_client import OperatorClient
+from recovery.core.instants import instant_text
+from runtime.command_line import output_option
+from runtime.exit_codes import ExitCode
+from runtime.output import Output, notice
+from runtime.settings import Loaded
+from runtime.units import parse_seconds
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+OPTIONS: Final = {
+    "rpo_threshold_seconds": ("--rpo-threshold", "An older newest point is a breach; alerts only."),
+    "point_interval_seconds": ("--points-every", "Crash-consistent points while nothing changes: 5 s to 1 h."),
+    "application_interval_seconds": ("--application-every", "Points with the machine's scripts: 1 to 12 h; 0: never."),
+    "freeze_interval_seconds": ("--freeze-after", "A live disk that never settles is frozen: 30 s to 1 d; 0: never."),
+    "copy_interval_seconds": ("--copy-every", "Sources that cannot capture: 30 s, 5 min or 15 min."),
+}
+"""By field."""
+NEW: Final = {"rpo_threshold_seconds": 900.0, "point_interval_seconds": 300.0}
+
+
+def _terms(command: Command) -> Command:
+    for field, (flag, text) in reversed(OPTIONS.items()):
+        command = click.option(flag, field, metavar="DURATION", help=text)(command)
+    return command
+
+
+@click.group("policies")
+def policies_group() -> None:
+    """Replication policies: what machines are protected for, and how often points are made."""
+
+
+@policies_group.command("create")
+@click.argument("name")
+@_terms
+@server_options
+def create(loaded: Loaded[FarpointSettings], name: str, **terms: str | None) -> ExitCode:
+    """Make a policy. NAME: 1 to 63 letters, digits and hyphens."""
+    content = _content(NEW | {"name": name}, terms)
+
+    async def work() -> None:
+        async with operator_of(loaded.settings) as operator:
+            made = await operator.create_policy(content)
+        notice(f"replication policy {made.content.name} ({made.policy})")
+
+    return run_interruptible(work)
+
+
+@policies_group.command("list")
+@output_option
+@server_options
+def list_policies(loaded: Loaded[FarpointSettings], output: Output) -> ExitCode:
+    """All policies, in seconds, and how many machines go by them."""
+
+    async def work() -> None:
+        async with operator_of(loaded.settings) as operator:
+            listed = await operator.policies()
+        output.rows(
+            [
+                one.content.model_dump()
+                | {
+                    "machines": len(one.machines),
+                    "version": one.version,
+                    "changed": instant_text(one.changed_at_ns),
+                    "policy": one.policy,
+                }
+                for one in listed.policies
+            ]
+        )
+
+    return run_interruptible(work)
+
+
+@policies_group.command("edit")
+@click.argument("name")
+@click.option("--name", "new_name", help="A new name.")
+@_terms
+@server_options
+def edit(loaded: Loaded[FarpointSettings], name: str, new_name: str | None, **terms: str | None) -> ExitCode:
+    """Change what is given and leave the rest; all machines of the policy are told at once."""
+
+    async def work() -> None:
+        async with operator_of(loaded.settings) as operator:
+            before = await find_policy(operator, name)
+            content = _content(before.content.model_dump() | {"name": new_name or before.content.name}, terms)
+            edited = await operator.edit_policy(before.policy, content, version=before.version)
+        notice(f"replication policy {edited.content.name}: version {edited.version}, {len(edited.machines)} machines")
+
+    return run_interruptible(work)
+
+
+@policies_group.command("delete")
+@click.argument("name")
+@server_options
+def delete(loaded: Loaded[FarpointSettings], name: str) -> ExitCode:
+    """Delete a policy that no machine goes by."""
+
+    async def work() -> None:
+        async with operator_of(loaded.settings) as operator:
+            await operator.delete_policy((await find_policy(operator, name)).policy)
+
+    return run_interruptible(work)
+
+
+@click.command("set-policy")
+@click.argument("machine")
+@click.argument("policy", required=False)
+@click.option("--none", "is_none", is_flag=True, help="No policy: the server's settings count.")
+@server_options
+def set_policy_command(loaded: Loaded[FarpointSettings], machine: str, policy: str | None, is_none: bool) -> ExitCode:
+    """Let MACHINE (name or identifier) go by the replication policy POLICY from now on."""
+    if is_none == (policy is not None):
+        raise click.UsageError("give a POLICY, or --none")
+
+    async def work() -> None:
+        async with operator_of(loaded.settings) as operator:
+            found = await _find_machine(operator, machine)
+            chosen = None if policy is None else (await find_policy(operator, policy)).policy
+            await operator.set_policy(found.machine, chosen)
+        notice(f"machine {found.name} goes by {policy or 'the settings of the server'}")
+
+    return run_interruptible(work)
+
+
+async def find_policy(operator: OperatorClient, name: str) -> PolicyStatus:
+    """By its name or identifier. Raises ResourceNotFound."""
+    for one in (await operator.policies()).policies:
+        if name in (one.content.name, one.policy):
+            return one
+    raise ResourceNotFound(what="replication policy", identifier=name)
+
+
+async def _find_machine(operator: OperatorClient, name: str) -> MachineStatus:
+    """Raises ResourceNotFound, click.UsageError."""
+    found = [one for one in (await operator.machines()).machines if name in (one.name, one.machine)]
+    if not found:
+        raise ResourceNotFound(what="machine", identifier=name)
+    if len(found) > 1:
+        raise click.UsageError(f"{len(found)} machines are called {name}; give one's identifier")
+    return found[0]
+
+
+def _content(values: dict[str, Any], terms: dict[str, str | None]) -> ReplicationPolicy:
+    """Raises click.UsageError."""
+    try:
+        given = {field: parse_seconds(text) for field, text in terms.items() if text is not None}
+        return ReplicationPolicy.model_validate(values | given)
+    except ValidationError as error:
+        reason = reason_of(error)
+        for field, (flag, _) in OPTIONS.items():
+            reason = reason.replace(field, flag)
+        raise click.UsageError(reason) from error
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
