@@ -10,9 +10,16 @@ from typing import Final
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from config_server.database.operators import add_audit_entry, find_chain_end
+from config_server.database.operators import (
+    CarriedOut,
+    RequestMark,
+    add_audit_entry,
+    find_chain_end,
+    find_request,
+)
 from protocol.audit_chain import ChainEnd, entry_hash
 from protocol.control import NAME_LENGTH_MAX
+from protocol.control_errors import RequestInvalid, RequestRepeated
 from protocol.operator_messages import AuditEntry
 from protocol.vocabulary import VaultId
 
@@ -28,6 +35,8 @@ class Actor:
     kind: str
     identifier: str
     name: str
+    request: RequestMark | None = None
+    """Of a request that must not be carried out twice."""
 
 
 class AuditLog:
@@ -46,7 +55,14 @@ class AuditLog:
         now_ns: int,
         **details: str,
     ) -> None:
-        """Within a writing transaction, which keeps others from going on with the same end. No secrets."""
+        """Within a writing transaction, which keeps others from going on with the same end. No secrets.
+
+        Raises RequestRepeated, RequestInvalid: what the actor asks for was carried out already.
+        """
+        if actor.request is not None:
+            earlier = await self.find_earlier(connection, actor)
+            if earlier is not None:
+                raise RequestRepeated(action=earlier.action, subject=earlier.subject)
         previous = await find_chain_end(connection) or self._beginning
         entry = AuditEntry(
             number=previous.number + 1,
@@ -59,4 +75,14 @@ class AuditLog:
             details={name: value[:NAME_LENGTH_MAX] for name, value in details.items()},
             hash=_UNHASHED,
         )
-        await add_audit_entry(connection, entry.model_copy(update={"hash": entry_hash(previous, entry)}))
+        hashed = entry.model_copy(update={"hash": entry_hash(previous, entry)})
+        await add_audit_entry(connection, hashed, actor.request)
+
+    async def find_earlier(self, connection: AsyncConnection, actor: Actor) -> CarriedOut | None:
+        """What the actor's request did when it was made before. Raises RequestInvalid if that was another request."""
+        if actor.request is None:
+            return None
+        found = await find_request(connection, actor.identifier, actor.request.key)
+        if found is not None and found.content_hash != actor.request.content_hash:
+            raise RequestInvalid(reason="its Idempotency-Key was used for another request")
+        return found

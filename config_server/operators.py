@@ -15,6 +15,7 @@ from config_server.audit import ADMINISTRATOR, Actor, AuditLog
 from config_server.clock import ServerClock
 from config_server.database.engine import Database
 from config_server.database.operators import (
+    CarriedOut,
     StoredOperatorToken,
     add_operator_token,
     find_chain_end,
@@ -146,6 +147,11 @@ class OperatorOffice:
                 return
             await revoke_operator_token(connection, token)
             await self._audit.record(connection, actor, "revoke operator token", token, now_ns=now_ns, name=stored.name)
+
+    async def find_earlier(self, actor: Actor) -> CarriedOut | None:
+        """What the actor's request did when it was made before. Raises RequestInvalid if that was another request."""
+        async with self._database.reading() as connection:
+            return await self._audit.find_earlier(connection, actor)
 
     async def audit_page(self, *, after: int, limit: int) -> AuditPage:
         now_ns = (await self._clock.tick()).tick_ns

@@ -16,7 +16,7 @@ from protocol.audit_chain import ChainEnd, follow_chain
 from protocol.control_errors import AuditChainBroken
 from protocol.errors import MalformedInput
 from protocol.operator_messages import AuditEntry
-from protocol.transport.control_client import OperatorClient
+from protocol.transport.operator_client import OperatorClient
 from protocol.vocabulary import VaultId
 from recovery.core.instants import instant_text
 from runtime.command_line import output_option

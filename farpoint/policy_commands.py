@@ -15,7 +15,7 @@ from farpoint.settings import FarpointSettings
 from protocol.control import reason_of
 from protocol.control_errors import ResourceNotFound
 from protocol.operator_messages import MachineStatus, PolicyStatus, ReplicationPolicy
-from protocol.transport.control_client import OperatorClient
+from protocol.transport.operator_client import OperatorClient
 from recovery.core.instants import instant_text
 from runtime.command_line import output_option
 from runtime.exit_codes import ExitCode

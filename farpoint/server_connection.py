@@ -13,7 +13,7 @@ from typing import Final, Self
 from farpoint.errors import DirectoryNotUp, OptionMissing
 from farpoint.settings import FarpointSettings
 from protocol.errors import MalformedInput
-from protocol.transport.control_client import OperatorClient
+from protocol.transport.operator_client import OperatorClient
 from runtime.secrets import read_secret
 
 UP_FILE: Final = "up.json"

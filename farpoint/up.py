@@ -22,7 +22,7 @@ from process_server.settings import ProcessServerSettings
 from protocol.enrollment import IDENTITY_FILE
 from protocol.join_token import JoinToken
 from protocol.operator_messages import JoinTokenRequest
-from protocol.transport.control_client import OperatorClient
+from protocol.transport.operator_client import OperatorClient
 from protocol.vocabulary import Role
 from runtime.local_directory import LocalDirectory
 from runtime.locks import exclusive_lock

@@ -114,6 +114,15 @@ class TooManyAttempts(PeerFault):
     hint = "Wait; if that was not you, find out who tries from there."
 
 
+class RequestRepeated(PeerFault):
+    """A request with this Idempotency-Key was carried out, and its answer cannot be given again. Fields: action,
+    subject."""
+
+    code = "request-repeated"
+    message = "this was carried out already: {action} {subject}"
+    hint = "If the answer was lost and held a secret, revoke that one and ask anew."
+
+
 class OperatorTokenRefused(PeerFault):
     """Why is told only to who has the token. Fields: token (its public part), reason."""
 
@@ -235,6 +244,7 @@ REFUSALS: Final[dict[str, type[ReplicationError]]] = {
         CredentialMissing,
         OperatorTokenRefused,
         TooManyAttempts,
+        RequestRepeated,
         PolicyNameTaken,
         PolicyChanged,
         PolicyInUse,

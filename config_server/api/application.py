@@ -6,9 +6,11 @@ The order is fixed: credentials before the body is read, its size before it is p
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import ssl
 from collections.abc import Mapping
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Final
 
@@ -21,11 +23,13 @@ from config_server.api.openapi import openapi_document
 from config_server.api.problems import problem_response
 from config_server.api.route import ACCESS_OF_OPERATOR, ACCESS_OF_ROLE, MEMBERS, Access, Call, Caller, Rooms, Route
 from config_server.api.routes import ROUTES
+from config_server.database.operators import RequestMark
 from config_server.metrics import ConfigServerMetrics
 from protocol.control import BODY_VALUES_MAX, has_too_many_values, reason_of
 from protocol.control_errors import (
     CredentialMissing,
     RequestInvalid,
+    RequestRepeated,
     RequestTooLarge,
     ResourceNotFound,
     ServerUnwell,
@@ -36,6 +40,7 @@ from protocol.transport.tls import certificate_serial_of, identity_of
 BODY_SECONDS_MAX: Final = 30.0
 """How long a request's body may take to arrive."""
 
+_KEY: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _ETAG: Final = re.compile(r'"([0-9]{1,18})"')
 
 log = structlog.get_logger(__name__)
@@ -66,12 +71,39 @@ def _handle(route: Route, rooms: Rooms) -> Handler:
             body=None if route.body is None else await _read_body(request, route, route.body),
             version=_expected_version(request),
         )
-        reply = await route.handler(rooms, call)
+        reply = await _carry_out(route, rooms, _marked(request, route, call))
         version = getattr(reply, "version", None) if route.has_version else None
         headers = {} if version is None else {"ETag": f'"{version}"'}
         return web.Response(body=reply.model_dump_json(), content_type="application/json", headers=headers)
 
     return handle
+
+
+async def _carry_out(route: Route, rooms: Rooms, call: Call) -> BaseModel:
+    """Once, however often a request with the same Idempotency-Key comes. Raises RequestRepeated."""
+    operator = call.caller.operator
+    if operator is None or operator.actor.request is None:
+        return await route.handler(rooms, call)
+    earlier = await rooms.operators.find_earlier(operator.actor)
+    if earlier is None:
+        return await route.handler(rooms, call)
+    if route.repeat is None:
+        raise RequestRepeated(action=earlier.action, subject=earlier.subject)
+    return await route.repeat(rooms, earlier.subject)
+
+
+def _marked(request: web.Request, route: Route, call: Call) -> Call:
+    """With its Idempotency-Key, if it is one of the staff's that changes something. Raises RequestInvalid."""
+    key, operator = request.headers.get("Idempotency-Key"), call.caller.operator
+    if key is None or operator is None or route.method == "GET":
+        return call
+    if not _KEY.fullmatch(key):
+        raise RequestInvalid(reason="Idempotency-Key: must be 1 to 128 printable ASCII characters")
+    body = "" if call.body is None else call.body.model_dump_json()
+    content = "\n".join([request.method, request.raw_path, str(call.version), body])
+    mark = RequestMark(key=key, content_hash=hashlib.sha256(content.encode()).hexdigest())
+    actor = replace(operator.actor, request=mark)
+    return replace(call, caller=replace(call.caller, operator=replace(operator, actor=actor)))
 
 
 async def _identify(request: web.Request, route: Route, rooms: Rooms) -> Caller:

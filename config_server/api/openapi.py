@@ -19,6 +19,20 @@ OPENAPI_VERSION: Final = "3.1.0"
 _SCHEMAS: Final = "#/components/schemas/{model}"
 _VALIDATION: Final[JsonSchemaMode] = "validation"
 _SERIALIZATION: Final[JsonSchemaMode] = "serialization"
+_IDEMPOTENCY_KEY: Final[Json] = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "Chosen by the caller: a request that comes again with the same key is not carried out again",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 128},
+}
+_IF_MATCH: Final[Json] = {
+    "name": "If-Match",
+    "in": "header",
+    "required": False,
+    "description": "The ETag of the version that the edit is based on",
+    "schema": {"type": "string"},
+}
 _ERROR_STATUSES: Final = ("400", "401", "403", "404", "409", "412", "413", "429", "503")
 
 
@@ -75,6 +89,10 @@ def _operation(route: Route, references: Mapping[Any, Json]) -> Json:
         "security": _security(route),
         "x-serves": sorted(access.value for access in route.serves),
     }
+    if route.method != "GET" and route.serves & STAFF:
+        operation["parameters"].append(_IDEMPOTENCY_KEY)
+    if route.method == "PUT" and route.has_version:
+        operation["parameters"].append(_IF_MATCH)
     if route.body is not None:
         content = {"application/json": {"schema": references[route.body, _VALIDATION]}}
         operation["requestBody"] = {"required": True, "content": content}

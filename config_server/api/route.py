@@ -94,6 +94,11 @@ class Nothing(Parameters):
     """No parameters, no body, or the empty reply `{}`."""
 
 
+async def answer_nothing(rooms: Rooms, subject: str) -> BaseModel:
+    """The Repeat of what answers nothing."""
+    return Nothing()
+
+
 class DiskPath(Parameters):
     disk: Disk
 
@@ -132,6 +137,8 @@ class Call:
 
 
 Handler = Callable[[Rooms, Call], Awaitable[BaseModel]]
+Repeat = Callable[[Rooms, str], Awaitable[BaseModel]]
+"""The answer to a request that was carried out before, from the identifier of what it changed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +155,8 @@ class Route:
     query: type[Parameters] = Nothing
     body: type[BaseModel] | None = None
     body_bytes_max: int = SMALL_BODY_BYTES_MAX
+    repeat: Repeat | None = None
+    """None: the answer cannot be given again."""
 
     @property
     def has_version(self) -> bool:

@@ -15,6 +15,7 @@ from config_server.api.route import (
     Parameters,
     Rooms,
     Route,
+    answer_nothing,
 )
 from protocol.control import (
     CertificateSerial,
@@ -43,6 +44,7 @@ from protocol.operator_messages import (
     RecoveryPointList,
     ReplicationPolicy,
 )
+from protocol.vocabulary import DiskId
 
 
 class SerialPath(Parameters):
@@ -156,6 +158,14 @@ async def _audit(rooms: Rooms, call: Call) -> BaseModel:
     return await rooms.operators.audit_page(after=call.query.after, limit=call.query.limit)
 
 
+async def _disk_again(rooms: Rooms, subject: str) -> BaseModel:
+    return await rooms.views.disk(DiskId(subject))
+
+
+async def _policy_again(rooms: Rooms, subject: str) -> BaseModel:
+    return await rooms.policies.policy(subject)
+
+
 _OPERATORS = frozenset({Access.OPERATOR, Access.ADMINISTRATOR})
 _ADMINISTRATORS = frozenset({Access.ADMINISTRATOR})
 _AUDITORS = frozenset({Access.AUDITOR, Access.ADMINISTRATOR})
@@ -201,6 +211,7 @@ STAFF_ROUTES: Final[tuple[Route, ...]] = (
         template="/v1/disks/{disk}/pause",
         summary="Hold back or resume the replication of a disk",
         handler=_pause_disk,
+        repeat=_disk_again,
         reply=DiskStatus,
         serves=_OPERATORS,
         path=DiskPath,
@@ -236,6 +247,7 @@ STAFF_ROUTES: Final[tuple[Route, ...]] = (
         template="/v1/certificates/{serial}/revocation",
         summary="Revoke a certificate and all others of its holder",
         handler=_revoke,
+        repeat=answer_nothing,
         reply=Nothing,
         serves=_OPERATORS,
         path=SerialPath,
@@ -245,6 +257,7 @@ STAFF_ROUTES: Final[tuple[Route, ...]] = (
         template="/v1/policies",
         summary="Make a replication policy",
         handler=_create_policy,
+        repeat=_policy_again,
         reply=PolicyStatus,
         serves=_OPERATORS,
         body=ReplicationPolicy,
@@ -271,6 +284,7 @@ STAFF_ROUTES: Final[tuple[Route, ...]] = (
         template="/v1/policies/{policy}",
         summary="Edit a replication policy, of the version in If-Match if that is given",
         handler=_edit_policy,
+        repeat=_policy_again,
         reply=PolicyStatus,
         serves=_OPERATORS,
         path=PolicyPath,
@@ -281,6 +295,7 @@ STAFF_ROUTES: Final[tuple[Route, ...]] = (
         template="/v1/policies/{policy}",
         summary="Delete a replication policy that holds for no machine",
         handler=_delete_policy,
+        repeat=answer_nothing,
         reply=Nothing,
         serves=_OPERATORS,
         path=PolicyPath,
@@ -290,6 +305,7 @@ STAFF_ROUTES: Final[tuple[Route, ...]] = (
         template="/v1/machines/{machine}/policy",
         summary="Give a machine a replication policy, or take it away",
         handler=_set_policy,
+        repeat=answer_nothing,
         reply=Nothing,
         serves=_OPERATORS,
         path=MachinePath,
@@ -317,6 +333,7 @@ STAFF_ROUTES: Final[tuple[Route, ...]] = (
         template="/v1/operator-tokens/{token}/revocation",
         summary="Revoke an operator token",
         handler=_revoke_operator_token,
+        repeat=answer_nothing,
         reply=Nothing,
         serves=_ADMINISTRATORS,
         path=OperatorTokenPath,

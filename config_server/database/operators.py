@@ -26,6 +26,23 @@ class StoredOperatorToken:
     is_revoked: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestMark:
+    """A request that its sender may repeat: the Idempotency-Key that it chose, and SHA-256 over what it asks for."""
+
+    key: str
+    content_hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CarriedOut:
+    """What an earlier request with the same key did, and SHA-256 over what it asked for."""
+
+    subject: str
+    action: str
+    content_hash: str
+
+
 async def add_operator_token(connection: AsyncConnection, stored: StoredOperatorToken) -> None:
     await connection.execute(
         insert(operator_tokens).values(
@@ -60,10 +77,20 @@ async def revoke_operator_token(connection: AsyncConnection, token: str) -> None
     await connection.execute(update(operator_tokens).where(operator_tokens.c.token == token).values(is_revoked=True))
 
 
-async def add_audit_entry(connection: AsyncConnection, entry: AuditEntry) -> None:
-    values = entry.model_dump()
-    values["details"] = json.dumps(entry.details, sort_keys=True)
+async def add_audit_entry(connection: AsyncConnection, entry: AuditEntry, request: RequestMark | None) -> None:
+    values = entry.model_dump() | {"details": json.dumps(entry.details, sort_keys=True)}
+    if request is not None:
+        values |= {"request_key": request.key, "request_hash": request.content_hash}
     await connection.execute(insert(audit_entries).values(**values))
+
+
+async def find_request(connection: AsyncConnection, actor: str, key: str) -> CarriedOut | None:
+    """What this actor's request with this key did."""
+    query = select(audit_entries.c.subject, audit_entries.c.action, audit_entries.c.request_hash).where(
+        audit_entries.c.actor == actor, audit_entries.c.request_key == key
+    )
+    row = (await connection.execute(query)).one_or_none()
+    return None if row is None else CarriedOut(subject=row.subject, action=row.action, content_hash=row.request_hash)
 
 
 async def find_chain_end(connection: AsyncConnection) -> ChainEnd | None:
@@ -76,7 +103,7 @@ async def find_chain_end(connection: AsyncConnection) -> ChainEnd | None:
 async def list_audit_entries(connection: AsyncConnection, *, after: int, limit: int) -> list[AuditEntry]:
     query = select(audit_entries).where(audit_entries.c.number > after).order_by(audit_entries.c.number).limit(limit)
     rows = await connection.execute(query)
-    return [AuditEntry(**(dict(row._mapping) | {"details": json.loads(row.details)})) for row in rows]
+    return [AuditEntry.model_validate(dict(row._mapping) | {"details": json.loads(row.details)}) for row in rows]
 
 
 def _token(row: Row[Any]) -> StoredOperatorToken:

@@ -176,6 +176,9 @@ audit_entries = Table(
     Column("subject", String(255), nullable=False),
     Column("details", Text, nullable=False),
     Column("hash", String(64), nullable=False),
+    Column("request_key", String(128)),
+    Column("request_hash", String(64)),
+    Index("uq_audit_entries_request", "actor", "request_key", unique=True),
 )
 
 clock_spans = Table(

@@ -18,7 +18,7 @@ from farpoint.demo.programs import HOST, Program, Programs, free_port
 from farpoint.demo.stores import DemoStore
 from protocol.control_errors import ServerUnreachable
 from protocol.operator_messages import DiskStatus, RecoveryPointStatus
-from protocol.transport.control_client import OperatorClient
+from protocol.transport.operator_client import OperatorClient
 from protocol.vocabulary import DiskId
 
 Result = TypeVar("Result")

@@ -23,7 +23,7 @@ from protocol.enrollment import IDENTITY_FILE, EnrolledIdentity
 from protocol.errors import InvalidValue, ReplicationError
 from protocol.join_token import JoinToken
 from protocol.operator_messages import JoinTokenRequest, MachineStatus
-from protocol.transport.control_client import OperatorClient
+from protocol.transport.operator_client import OperatorClient
 from protocol.vocabulary import Role, check_identifier
 
 UNIT: Final = f"{PACKAGE}.service"

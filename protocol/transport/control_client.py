@@ -56,29 +56,10 @@ from protocol.enrollment import (
 from protocol.errors import CertificateRefused, CertificateUnusable, InvalidValue, ReplicationError
 from protocol.join_token import JoinToken
 from protocol.operator_messages import (
-    AUDIT_ENTRIES_PER_PAGE_MAX,
-    POINTS_PER_PAGE_MAX,
-    AuditPage,
-    CertificateList,
-    DiskList,
-    DiskStatus,
-    JoinTokenCreated,
-    JoinTokenRequest,
-    MachineList,
-    OperatorTokenCreated,
-    OperatorTokenList,
-    OperatorTokenRequest,
-    PauseRequest,
-    PolicyAssignment,
-    PolicyList,
-    PolicyStatus,
     Problem,
-    ProcessServerList,
-    RecoveryPointList,
-    ReplicationPolicy,
     ServerDescription,
 )
-from protocol.vocabulary import DiskId, MachineId, PeerIdentity, Role, VaultId
+from protocol.vocabulary import DiskId, PeerIdentity, Role, VaultId
 
 REQUEST_SECONDS_MAX: Final = 30.0
 """How long any request may take, beyond the wait that a long poll asks for."""
@@ -311,7 +292,7 @@ def _ssl_cause(error: BaseException) -> ssl.SSLError | None:
     return None
 
 
-class _Client:
+class ControlClient:
     """What the three clients share: a connection that is closed at the end of `async with`."""
 
     def __init__(self, connection: ControlConnection) -> None:
@@ -329,7 +310,7 @@ class _Client:
         await self.close()
 
 
-class _EnrolledClient(_Client):
+class _EnrolledClient(ControlClient):
     """For holders of a certificate."""
 
     def __init__(
@@ -372,7 +353,7 @@ class AgentControlClient(_EnrolledClient):
 
     async def unregister_disk(self, disk: DiskId, *, keep_data: bool) -> None:
         query = {"keep_data": "true" if keep_data else "false"}
-        await self._connection.request("DELETE", f"/v1/agent/disks/{disk}", _Nothing, query=query)
+        await self._connection.request("DELETE", f"/v1/agent/disks/{disk}", Nothing, query=query)
 
     async def report(self, report: AgentReport) -> AgentOrders:
         return await self._connection.request("POST", "/v1/agent/report", AgentOrders, body=report)
@@ -397,106 +378,7 @@ class ProcessServerControlClient(_EnrolledClient):
         )
 
 
-class OperatorClient(_Client):
-    """What the operator's command line may ask. token: an operator token, or the admin token."""
-
-    def __init__(
-        self,
-        *,
-        server_url: str,
-        authority_pem: bytes,
-        token: str,
-        request_seconds_max: float = REQUEST_SECONDS_MAX,
-    ) -> None:
-        super().__init__(
-            ControlConnection(
-                server_url=server_url,
-                context=client_context(authority_pem=authority_pem),
-                bearer_token=token.strip(),
-                request_seconds_max=request_seconds_max,
-            )
-        )
-
-    async def create_token(self, request: JoinTokenRequest) -> JoinTokenCreated:
-        """The reply is the only time that the token is shown."""
-        return await self._connection.request("POST", "/v1/join-tokens", JoinTokenCreated, body=request)
-
-    async def machines(self) -> MachineList:
-        return await self._connection.request("GET", "/v1/machines", MachineList)
-
-    async def disks(self) -> DiskList:
-        return await self._connection.request("GET", "/v1/disks", DiskList)
-
-    async def disk(self, disk: DiskId) -> DiskStatus:
-        """Raises ResourceNotFound."""
-        return await self._connection.request("GET", f"/v1/disks/{disk}", DiskStatus)
-
-    async def pause_disk(self, disk: DiskId, *, is_paused: bool) -> DiskStatus:
-        """Raises ResourceNotFound."""
-        return await self._connection.request(
-            "PUT", f"/v1/disks/{disk}/pause", DiskStatus, body=PauseRequest(is_paused=is_paused)
-        )
-
-    async def points(self, *, disk: DiskId | None = None, limit: int = POINTS_PER_PAGE_MAX) -> RecoveryPointList:
-        """The newest `limit` recovery points, of one disk or of all."""
-        query = {"limit": str(limit)} | ({} if disk is None else {"disk": disk})
-        return await self._connection.request("GET", "/v1/points", RecoveryPointList, query=query)
-
-    async def process_servers(self) -> ProcessServerList:
-        return await self._connection.request("GET", "/v1/process-servers", ProcessServerList)
-
-    async def certificates(self) -> CertificateList:
-        return await self._connection.request("GET", "/v1/certificates", CertificateList)
-
-    async def revoke_certificate(self, serial: str) -> None:
-        """Idempotent. Raises ResourceNotFound."""
-        await self._connection.request("PUT", f"/v1/certificates/{serial}/revocation", _Nothing)
-
-    async def policies(self) -> PolicyList:
-        return await self._connection.request("GET", "/v1/policies", PolicyList)
-
-    async def create_policy(self, content: ReplicationPolicy) -> PolicyStatus:
-        """Raises PolicyNameTaken."""
-        return await self._connection.request("POST", "/v1/policies", PolicyStatus, body=content)
-
-    async def edit_policy(self, policy: str, content: ReplicationPolicy, *, version: int | None = None) -> PolicyStatus:
-        """version: the one that the edit is based on. Raises ResourceNotFound, PolicyChanged, PolicyNameTaken."""
-        headers = {} if version is None else {"If-Match": f'"{version}"'}
-        return await self._connection.request(
-            "PUT", f"/v1/policies/{policy}", PolicyStatus, body=content, headers=headers
-        )
-
-    async def delete_policy(self, policy: str) -> None:
-        """Raises ResourceNotFound, PolicyInUse."""
-        await self._connection.request("DELETE", f"/v1/policies/{policy}", _Nothing)
-
-    async def set_policy(self, machine: MachineId, policy: str | None) -> None:
-        """None: the server's settings. Raises ResourceNotFound."""
-        await self._connection.request(
-            "PUT", f"/v1/machines/{machine}/policy", _Nothing, body=PolicyAssignment(policy=policy)
-        )
-
-    async def describe(self) -> ServerDescription:
-        return await self._connection.request("GET", "/v1/authority", ServerDescription)
-
-    async def create_operator_token(self, request: OperatorTokenRequest) -> OperatorTokenCreated:
-        """The reply is the only time that the token is shown."""
-        return await self._connection.request("POST", "/v1/operator-tokens", OperatorTokenCreated, body=request)
-
-    async def operator_tokens(self) -> OperatorTokenList:
-        return await self._connection.request("GET", "/v1/operator-tokens", OperatorTokenList)
-
-    async def revoke_operator_token(self, token: str) -> None:
-        """Idempotent. Raises ResourceNotFound."""
-        await self._connection.request("PUT", f"/v1/operator-tokens/{token}/revocation", _Nothing)
-
-    async def audit_page(self, *, after: int = 0, limit: int = AUDIT_ENTRIES_PER_PAGE_MAX) -> AuditPage:
-        """The entries with numbers above `after`."""
-        query = {"after": str(after), "limit": str(limit)}
-        return await self._connection.request("GET", "/v1/audit", AuditPage, query=query)
-
-
-class _Nothing(BaseModel):
+class Nothing(BaseModel):
     """The empty reply `{}`."""
 
 

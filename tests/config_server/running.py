@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,8 @@ from protocol.enrollment import EnrollmentBundle
 from protocol.join_token import JoinToken
 from protocol.operator_messages import JoinTokenRequest, OperatorRole, OperatorTokenCreated, OperatorTokenRequest
 from protocol.signed_records import AuthorityKey
-from protocol.transport.control_client import (
-    AgentControlClient,
-    OperatorClient,
-    ProcessServerControlClient,
-    client_context,
-    enroll,
-)
+from protocol.transport.control_client import AgentControlClient, ProcessServerControlClient, client_context, enroll
+from protocol.transport.operator_client import OperatorClient
 from protocol.vocabulary import DiskId, Role, VaultId
 from runtime.clock import SystemClock
 from runtime.local_directory import LocalDirectory
@@ -138,6 +133,10 @@ class Running:
         connector = aiohttp.TCPConnector(ssl=context)
         async with aiohttp.ClientSession(self.url, connector=connector, headers=headers) as session:
             yield session
+
+    def administrator(self) -> AbstractAsyncContextManager[aiohttp.ClientSession]:
+        """A plain session with the admin token."""
+        return self.plain_session(bearer=self.admin_token)
 
 
 def write_bundle(bundle: EnrollmentBundle, directory: Path) -> None:

@@ -43,13 +43,8 @@ from protocol.enrollment import (
 from protocol.errors import CertificateRefused
 from protocol.join_token import JoinToken
 from protocol.signed_records import AuthorityKey
-from protocol.transport.control_client import (
-    AgentControlClient,
-    ControlConnection,
-    OperatorClient,
-    client_context,
-    enroll,
-)
+from protocol.transport.control_client import AgentControlClient, ControlConnection, client_context, enroll
+from protocol.transport.operator_client import OperatorClient
 from protocol.vocabulary import PeerIdentity, Role, VaultId
 from runtime.local_directory import LocalDirectory
 from tests.config_server.running import (

@@ -35,7 +35,7 @@ from farpoint.machine_installation.remote_host import Access, connected
 from farpoint.machine_installation.target import PROBE, SPARE_BYTES, Target, check_target, parse_probe
 from protocol.control_errors import JoinTokenMalformed
 from protocol.operator_messages import JoinTokenCreated, JoinTokenRequest, MachineList
-from protocol.transport.control_client import OperatorClient
+from protocol.transport.operator_client import OperatorClient
 from runtime.exit_codes import ExitCode
 
 CONTROL = (

@@ -15,7 +15,7 @@ from typing import Any, Final
 from farpoint.demo.programs import Program, Programs
 from protocol.control_errors import ServerUnreachable, ServerUnwell
 from protocol.operator_messages import DiskStatus, RecoveryPointStatus
-from protocol.transport.control_client import OperatorClient
+from protocol.transport.operator_client import OperatorClient
 from protocol.vocabulary import DiskId
 from tests.guest.guest_image import HOST_ADDRESS
 

@@ -28,7 +28,7 @@ from config_server.installation import ADMIN_TOKEN_FILE, AUTHORITY_FILE
 from protocol.control import DiskState
 from protocol.errors import ReplicationError
 from protocol.operator_messages import DiskStatus, ProcessServerStatus, RecoveryPointStatus
-from protocol.transport.control_client import OperatorClient
+from protocol.transport.operator_client import OperatorClient
 from protocol.vocabulary import DiskId
 from runtime.exit_codes import ExitCode
 from tests.scenarios.disks import SourceDisk, are_equal

@@ -23,7 +23,8 @@ from protocol.control_errors import (
 )
 from protocol.errors import CertificateUnusable, InvalidValue, ReplicationError
 from protocol.operator_messages import MachineList
-from protocol.transport.control_client import ControlConnection, OperatorClient, check_server_url, client_context
+from protocol.transport.control_client import ControlConnection, check_server_url, client_context
+from protocol.transport.operator_client import OperatorClient
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 AUTHORITY = trustme.CA(key_type=trustme.KeyType.ECDSA)
