@@ -1,4 +1,4 @@
-"""`config-server`: init, run, openapi, config show|check."""
+"""`config-server`: init, run, admin-token, openapi, config show|check."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import click
 
 from config_server.api.openapi import openapi_document
 from config_server.api.routes import ROUTES
+from config_server.errors import NotInitialised
 from config_server.installation import (
     ADMIN_TOKEN_FILE,
     AUTHORITY_FILE,
     initialise,
+    replace_admin_token,
 )
 from config_server.service import ConfigServer
 from config_server.settings import ConfigServerSettings
@@ -68,6 +70,21 @@ def init(loaded: Loaded[ConfigServerSettings], output: Output, authority_key: Pa
             "authority_file": str(path / AUTHORITY_FILE),
         }
     )
+
+
+@main.command("admin-token")
+@_directory_option
+@output_option
+@with_settings(ConfigServerSettings, PROGRAM, flags={"directory": "state_directory"})
+def admin_token(loaded: Loaded[ConfigServerSettings], output: Output) -> None:
+    """Make a new admin token; the old one counts no more. The server must be stopped. For a token that is lost, or that
+    somebody else may have seen."""
+    path = loaded.settings.state_directory
+    if not path.is_dir():
+        raise NotInitialised(path=path)
+    become_owner_of(path)
+    replace_admin_token(path)
+    output.record({"admin_token_file": str(path / ADMIN_TOKEN_FILE)})
 
 
 @main.command("run")

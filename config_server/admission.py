@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from config_server.announcements import Announcements
 from config_server.audit import NEWCOMER, Actor, AuditLog
 from config_server.clock import ServerClock
-from config_server.core.join_tokens import Admission, StoredJoinToken, decide_admission
+from config_server.core.join_tokens import Admission, StoredJoinToken, decide_admission, is_token_proved
 from config_server.database.engine import Database
 from config_server.database.members import (
     StoredCertificate,
@@ -81,6 +81,7 @@ class AdmissionOffice:
             used_by=None,
         )
         async with self._database.writing() as connection:
+            await self._audit.check_new(connection, actor)
             await forget_join_tokens(connection, expired_before_ns=now_ns - _TOKEN_REMEMBERED_NS)
             await add_join_token(connection, stored)
             await self._audit.record(
@@ -97,12 +98,13 @@ class AdmissionOffice:
     async def enroll(self, request: EnrollmentRequest, address: str) -> EnrollmentReply:
         """address: where the newcomer is. Raises JoinTokenWrong, JoinTokenForAnotherRole, JoinTokenUsed,
         JoinTokenExpired, RequestInvalid, CertificateRequestInvalid, TooManyAttempts."""
-        self._wrong_secrets.check(address)
-        try:
-            return await self._enroll(request)
-        except JoinTokenWrong:
+        # why before all else: who does not prove a token keeps nobody from writing, and is slowed down
+        async with self._database.reading() as connection:
+            stored, _ = await find_join_token(connection, request.token) or (None, None)
+        if not is_token_proved(request, stored, authority_key_hash=self._authority.public_key_hash):
             self._wrong_secrets.note(address)
-            raise
+            raise JoinTokenWrong(token=request.token)
+        return await self._enroll(request)
 
     async def _enroll(self, request: EnrollmentRequest) -> EnrollmentReply:
         now_ns = (await self._clock.tick()).tick_ns
@@ -170,9 +172,12 @@ class AdmissionOffice:
         """All certificates of this one's holder: a thief may have renewed it. Raises ResourceNotFound."""
         now_ns = (await self._clock.tick()).tick_ns
         async with self._database.writing() as connection:
+            await self._audit.check_new(connection, actor)
             stored = await find_certificate(connection, serial)
             if stored is None:
                 raise ResourceNotFound(what="certificate", identifier=serial)
+            if stored.is_revoked:
+                return
             await revoke_certificates(connection, role=stored.role, identifier=stored.identifier)
             await self._audit.record(
                 connection, actor, "revoke certificates", stored.identifier, now_ns=now_ns, role=stored.role.value

@@ -114,6 +114,10 @@ class ControlPlane:
                 await self._audit.record(
                     connection, _agent_of(machine), "protect disk", disk, now_ns=now_ns, path=registration.path
                 )
+            elif (match.path, match.identity) != (registration.path, registration.identity):
+                await self._audit.record(
+                    connection, _agent_of(machine), "move disk", disk, now_ns=now_ns, path=registration.path
+                )
             changed = await self._reconciler.reconcile_machine(connection, machine, now_ns=now_ns)
             machine = await _machine(connection, machine_id)
             address = await address_of(connection, machine.process_server)
@@ -124,18 +128,19 @@ class ControlPlane:
         """Raises NotPermitted."""
         now_ns = (await self._clock.tick()).tick_ns
         async with self._database.writing() as connection:
-            own = {stored.disk for stored in await list_disks(connection, machine=machine_id)}
+            own = {stored.disk: stored for stored in await list_disks(connection, machine=machine_id)}
             _check_owned(machine_id, [disk], own)
-            await end_protection(connection, disk, keep_data=keep_data)
             machine = await _machine(connection, machine_id)
-            await self._audit.record(
-                connection,
-                _agent_of(machine),
-                "end protection of disk",
-                disk,
-                now_ns=now_ns,
-                keeps_data=str(keep_data).lower(),
-            )
+            if own[disk].known.is_protected or own[disk].keeps_data != keep_data:
+                await end_protection(connection, disk, keep_data=keep_data)
+                await self._audit.record(
+                    connection,
+                    _agent_of(machine),
+                    "end protection of disk",
+                    disk,
+                    now_ns=now_ns,
+                    keeps_data=str(keep_data).lower(),
+                )
             changed = await self._reconciler.reconcile_machine(connection, machine, now_ns=now_ns)
             served_by = () if machine.process_server is None else (machine.process_server,)
         self._announcements.announce({*changed, machine_id, *served_by})
@@ -218,9 +223,12 @@ class ControlPlane:
         """Raises ResourceNotFound."""
         now_ns = (await self._clock.tick()).tick_ns
         async with self._database.writing() as connection:
+            await self._audit.check_new(connection, actor)
             stored = await find_disk(connection, disk)
             if stored is None:
                 raise ResourceNotFound(what="disk", identifier=disk)
+            if stored.is_paused == is_paused:
+                return
             await set_paused(connection, disk, is_paused=is_paused)
             action = "pause disk" if is_paused else "resume disk"
             await self._audit.record(connection, actor, action, disk, now_ns=now_ns)

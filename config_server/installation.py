@@ -15,7 +15,7 @@ from typing import Final
 
 from config_server.authority import CertificateAuthority
 from config_server.errors import AlreadyInitialised, InstallationDamaged, NotInitialised
-from config_server.token_hashes import HASH_PREFIX, hash_secret
+from config_server.token_hashes import hash_secret, is_hash
 from protocol.errors import MalformedInput, ReplicationError
 from protocol.signed_records import AuthorityKey, parse_authority_key, serialise_authority_key
 from protocol.vocabulary import PeerIdentity, Role, VaultId, check_identifier
@@ -55,6 +55,33 @@ class Installation:
         return self.identity.vault
 
 
+def _read_admin_token_hash(directory: DurableDirectory) -> str:
+    """Made of the token where an older program has left only that."""
+    try:
+        return directory.read(ADMIN_TOKEN_HASH_FILE).decode("ascii").strip()
+    except FileNotFoundError:
+        hashed = hash_secret(directory.read(ADMIN_TOKEN_FILE).strip())
+        directory.replace(ADMIN_TOKEN_HASH_FILE, hashed.encode() + b"\n")
+        return hashed
+
+
+def replace_admin_token(path: Path) -> None:
+    """Makes a new admin token, into its file; the old one counts no more. Blocks.
+
+    Raises NotInitialised, InstallationDamaged, StateLocked (the server runs), OSError.
+    """
+    read_installation(path)
+    with exclusive_lock(path / LOCK_FILE):
+        _write_admin_token(LocalDirectory(path))
+
+
+def _write_admin_token(directory: DurableDirectory) -> None:
+    token = base64.urlsafe_b64encode(secrets.token_bytes(ADMIN_TOKEN_BYTES)).rstrip(b"=")
+    # why in this order: cut off in between, the token in the file is not one that counts, which shows at once
+    directory.replace(ADMIN_TOKEN_HASH_FILE, hash_secret(token).encode() + b"\n")
+    directory.replace(ADMIN_TOKEN_FILE, token + b"\n")
+
+
 def initialise(path: Path, *, authority_key: AuthorityKey, now_ns: int) -> Installation:
     """Makes a configuration server for the key's vault in `path` (0700, made if missing); durable on return. Blocks.
 
@@ -70,18 +97,16 @@ def initialise(path: Path, *, authority_key: AuthorityKey, now_ns: int) -> Insta
 
 def _make(directory: DurableDirectory, authority_key: AuthorityKey, now_ns: int) -> None:
     authority = CertificateAuthority.make(authority_key.vault, now_ns)
-    admin_token = base64.urlsafe_b64encode(secrets.token_bytes(ADMIN_TOKEN_BYTES)).decode().rstrip("=")
     identifier = secrets.token_hex(16)
     marker = {"format": FORMAT, "vault": authority_key.vault, "identifier": identifier}
     for name, data in (
         (VAULT_AUTHORITY_KEY_FILE, serialise_authority_key(authority_key)),
         (AUTHORITY_KEY_FILE, authority.key_pem),
         (AUTHORITY_FILE, authority.certificate_pem),
-        (ADMIN_TOKEN_HASH_FILE, hash_secret(admin_token.encode()).encode() + b"\n"),
-        (ADMIN_TOKEN_FILE, admin_token.encode() + b"\n"),
-        (MARKER_FILE, json.dumps(marker, indent=1).encode() + b"\n"),
     ):
         directory.replace(name, data)
+    _write_admin_token(directory)
+    directory.replace(MARKER_FILE, json.dumps(marker, indent=1).encode() + b"\n")
 
 
 def read_installation(path: Path) -> Installation:
@@ -110,8 +135,8 @@ def _read(path: Path, directory: DurableDirectory) -> Installation:
         certificate_pem=directory.read(AUTHORITY_FILE),
         key_pem=directory.read(AUTHORITY_KEY_FILE),
     )
-    admin_token_hash = directory.read(ADMIN_TOKEN_HASH_FILE).decode("ascii").strip()
-    if not admin_token_hash.startswith(HASH_PREFIX):
+    admin_token_hash = _read_admin_token_hash(directory)
+    if not is_hash(admin_token_hash):
         raise MalformedInput(what=ADMIN_TOKEN_HASH_FILE, reason="it holds no hash that this program knows")
     identifier = check_identifier(marker["identifier"], "identifier")
     return Installation(

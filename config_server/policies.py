@@ -23,7 +23,7 @@ from config_server.database.policies import (
     put_policy,
 )
 from protocol.control_errors import PolicyChanged, PolicyInUse, PolicyNameTaken, ResourceNotFound
-from protocol.operator_messages import PolicyList, PolicyStatus, ReplicationPolicy
+from protocol.operator_messages import PolicyList, PolicyStatus, PolicyTerms, ReplicationPolicy
 from protocol.vocabulary import MachineId
 
 
@@ -38,22 +38,26 @@ class PolicyOffice:
         self._announcements = announcements
         self._audit = audit
 
-    async def create(self, content: ReplicationPolicy, actor: Actor) -> PolicyStatus:
+    async def create(self, wanted: ReplicationPolicy, actor: Actor) -> PolicyStatus:
         """Raises PolicyNameTaken."""
+        content = _terms(wanted)
         now_ns = (await self._clock.tick()).tick_ns
         stored = StoredPolicy(policy=secrets.token_hex(16), version=1, content=content, changed_ns=now_ns)
         async with self._database.writing() as connection:
+            await self._audit.check_new(connection, actor)
             if await find_policy_named(connection, content.name) is not None:
                 raise PolicyNameTaken(name=content.name)
             await put_policy(connection, stored)
             await self._audit.record(connection, actor, "create policy", stored.policy, now_ns=now_ns, **_told(content))
         return _status(stored, [])
 
-    async def edit(self, policy: str, content: ReplicationPolicy, actor: Actor, *, version: int | None) -> PolicyStatus:
+    async def edit(self, policy: str, wanted: ReplicationPolicy, actor: Actor, *, version: int | None) -> PolicyStatus:
         """version: the one that the editor saw; None: whatever it is. Raises ResourceNotFound, PolicyChanged,
         PolicyNameTaken."""
+        content = _terms(wanted)
         now_ns = (await self._clock.tick()).tick_ns
         async with self._database.writing() as connection:
+            await self._audit.check_new(connection, actor)
             before = await find_policy(connection, policy)
             if before is None:
                 raise ResourceNotFound(what="replication policy", identifier=policy)
@@ -71,13 +75,16 @@ class PolicyOffice:
         self._announcements.announce(machines)
         return _status(stored, machines)
 
-    async def delete(self, policy: str, actor: Actor) -> None:
-        """Raises ResourceNotFound, PolicyInUse."""
+    async def delete(self, policy: str, actor: Actor, *, version: int | None) -> None:
+        """version: as for edit(). Raises ResourceNotFound, PolicyChanged, PolicyInUse."""
         now_ns = (await self._clock.tick()).tick_ns
         async with self._database.writing() as connection:
+            await self._audit.check_new(connection, actor)
             stored = await find_policy(connection, policy)
             if stored is None:
                 raise ResourceNotFound(what="replication policy", identifier=policy)
+            if version is not None and version != stored.version:
+                raise PolicyChanged(policy=stored.content.name, version=stored.version)
             machines = (await list_machines_by_policy(connection)).get(policy, [])
             if machines:
                 raise PolicyInUse(policy=stored.content.name, machines=len(machines))
@@ -90,10 +97,14 @@ class PolicyOffice:
         """policy None: the server's settings. Raises ResourceNotFound."""
         now_ns = (await self._clock.tick()).tick_ns
         async with self._database.writing() as connection:
-            if await find_machine(connection, machine) is None:
+            await self._audit.check_new(connection, actor)
+            stored = await find_machine(connection, machine)
+            if stored is None:
                 raise ResourceNotFound(what="machine", identifier=machine)
             if policy is not None and await find_policy(connection, policy) is None:
                 raise ResourceNotFound(what="replication policy", identifier=policy)
+            if stored.policy == policy:
+                return
             await assign_policy(connection, machine, policy)
             await self._audit.record(
                 connection, actor, "set policy of machine", machine, now_ns=now_ns, policy=policy or ""
@@ -117,8 +128,12 @@ class PolicyOffice:
         return _status(stored, machines)
 
 
-def _told(content: ReplicationPolicy) -> dict[str, str]:
-    return {name: f"{value:g}" if isinstance(value, float) else value for name, value in content.model_dump().items()}
+def _terms(wanted: ReplicationPolicy) -> PolicyTerms:
+    return PolicyTerms(**wanted.model_dump())
+
+
+def _told(content: PolicyTerms) -> dict[str, str]:
+    return {name: str(value) for name, value in content.model_dump().items()}
 
 
 def _status(stored: StoredPolicy, machines: list[MachineId]) -> PolicyStatus:

@@ -145,7 +145,7 @@ class ConfigServer:
             application_interval_seconds=settings.application_interval_seconds,
         )
         reconciler = Reconciler(installation.vault_authority, intervals, terms)
-        audit, wrong_secrets = AuditLog(installation.vault), WrongSecrets()
+        audit = AuditLog(installation.vault)
         return Rooms(
             control_plane=ControlPlane(
                 vault=installation.vault,
@@ -161,11 +161,9 @@ class ConfigServer:
                 clock=clock,
                 announcements=announcements,
                 audit=audit,
-                wrong_secrets=wrong_secrets,
+                wrong_secrets=WrongSecrets(),
             ),
-            operators=OperatorOffice(
-                installation=installation, database=database, clock=clock, audit=audit, wrong_secrets=wrong_secrets
-            ),
+            operators=OperatorOffice(installation=installation, database=database, clock=clock, audit=audit),
             views=OperatorViews(
                 database=database,
                 clock=clock,

@@ -1,7 +1,6 @@
-"""Slows down who guesses: after some wrong secrets an address has to wait before the next is looked at.
+"""Slows down who guesses join tokens: after some wrong ones an address is told to wait, and told nothing else.
 
-Only wrong secrets count, so that whoever shares an address (a translating router, a balancer) with somebody whose token
-has expired is not shut out.
+A right one is looked at all the same, so that nobody is shut out who shares an address with somebody who guesses.
 """
 
 from __future__ import annotations
@@ -22,12 +21,10 @@ class WrongSecrets:
     def __init__(self) -> None:
         self._limit = RateLimit(RATE)
 
-    def check(self, address: str) -> None:
-        """Raises TooManyAttempts if nothing of this address is looked at now."""
-        seconds = self._limit.wait_seconds(address, time.monotonic())
-        if seconds > 0:
-            raise TooManyAttempts(wait_seconds=math.ceil(seconds))
-
     def note(self, address: str) -> None:
-        """One more came from there."""
-        self._limit.count(address, time.monotonic())
+        """One more came from there. Raises TooManyAttempts if that is too many."""
+        now_seconds = time.monotonic()
+        wait_seconds = self._limit.wait_seconds(address, now_seconds)
+        if wait_seconds > 0:
+            raise TooManyAttempts(wait_seconds=math.ceil(wait_seconds))
+        self._limit.count(address, now_seconds)

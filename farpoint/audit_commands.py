@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Annotated
 
 import click
+from pydantic import Field
 
 from farpoint.options import server_options
 from farpoint.running import run_interruptible
 from farpoint.server_connection import operator_of
 from farpoint.settings import FarpointSettings
 from protocol.audit_chain import ChainEnd, follow_chain
+from protocol.control import ControlMessage, Vault
 from protocol.control_errors import AuditChainBroken
 from protocol.errors import MalformedInput
 from protocol.operator_messages import AuditEntry
@@ -34,6 +36,14 @@ COLUMNS = {
     "subject": "subject",
     "details": "details",
 }
+
+
+class _Kept(ControlMessage):
+    """What --remember keeps."""
+
+    vault: Vault
+    number: Annotated[int, Field(ge=0)]
+    hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 @click.group("audit")
@@ -70,15 +80,19 @@ def list_entries(loaded: Loaded[FarpointSettings], output: Output, after: int) -
 def verify(loaded: Loaded[FarpointSettings], output: Output, path: Path | None) -> ExitCode:
     """Whether no entry was changed, left out or put in; with --remember, also whether none is gone from the end."""
 
+    if path is not None and not path.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no directory {path.parent}", param_hint="--remember")
+
     async def work() -> None:
         async with operator_of(loaded.settings) as operator:
             vault = (await operator.describe()).vault
             remembered = None if path is None else _read(path, vault)
             end = await _follow(operator, ChainEnd.beginning(vault), remembered)
         if path is not None:
-            kept = {"vault": vault, "number": end.number, "hash": end.hash}
-            LocalDirectory(path.absolute().parent).replace(path.name, json.dumps(kept).encode() + b"\n")
-        output.record({"entries": end.number, "hash": end.hash, "is_whole": True})
+            kept = _Kept(vault=vault, number=end.number, hash=end.hash)
+            LocalDirectory(path.absolute().parent).replace(path.name, kept.model_dump_json().encode() + b"\n")
+        known = None if remembered is None else remembered.number
+        output.record({"entries": end.number, "hash": end.hash, "is_whole": True, "remembered_entries": known})
 
     return run_interruptible(work)
 
@@ -106,13 +120,11 @@ async def _pages(operator: OperatorClient, after: int) -> AsyncIterator[tuple[Au
 def _read(path: Path, vault: VaultId) -> ChainEnd | None:
     """None without a file. Raises MalformedInput."""
     try:
-        kept = json.loads(path.read_bytes())
-        end = ChainEnd(number=int(kept["number"]), hash=str(kept["hash"]))
-        is_this_vault = kept["vault"] == vault
+        kept = _Kept.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except ValueError as error:
         raise MalformedInput(what=str(path), reason="it is not what `farpoint audit verify` keeps") from error
-    if not is_this_vault:
+    if kept.vault != vault:
         raise MalformedInput(what=str(path), reason="it is about another vault's log")
-    return end
+    return ChainEnd(number=kept.number, hash=kept.hash)

@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from pydantic import ValidationError
 
 from farpoint.options import server_options
 from farpoint.running import run_interruptible
 from farpoint.server_connection import operator_of
 from farpoint.settings import FarpointSettings
+from protocol.control import reason_of
+from protocol.control_errors import ResourceNotFound
 from protocol.operator_messages import OPERATOR_TOKEN_SECONDS_DEFAULT, OperatorRole, OperatorTokenRequest
 from recovery.core.instants import instant_text
 from runtime.command_line import output_option
 from runtime.exit_codes import ExitCode
 from runtime.output import Output, notice
-from runtime.secrets import write_secret
+from runtime.secrets import refuse_existing, write_secret
 from runtime.settings import Loaded
 from runtime.units import parse_seconds
 
@@ -46,11 +49,13 @@ def operators_group() -> None:
 def create(loaded: Loaded[FarpointSettings], name: str, role: str, expires_in: str, path: Path | None) -> ExitCode:
     """Make a token for NAME, as the audit log will call its holder. Needs the admin token; shown this once."""
     try:
-        request = OperatorTokenRequest.model_validate(
-            {"name": name, "role": ROLES[role], "lifetime_seconds": round(parse_seconds(expires_in))}
-        )
+        seconds = round(parse_seconds(expires_in))
+        request = OperatorTokenRequest.model_validate({"name": name, "role": ROLES[role], "lifetime_seconds": seconds})
+    except ValidationError as error:
+        raise click.UsageError(reason_of(error)) from error
     except ValueError as error:
-        raise click.BadParameter("give 1 s to 366 d, such as `90 d`, and a name of up to 255 characters") from error
+        raise click.BadParameter("give 1 s to 366 d, such as `90 d`", param_hint="--expires-in") from error
+    refuse_existing(path)
 
     async def work() -> None:
         async with operator_of(loaded.settings) as operator:
@@ -95,12 +100,22 @@ def list_tokens(loaded: Loaded[FarpointSettings], output: Output) -> ExitCode:
 @click.argument("token")
 @server_options
 def revoke(loaded: Loaded[FarpointSettings], token: str) -> ExitCode:
-    """Let the token of this identifier count no more, from the next request on."""
+    """Let a token count no more, from the next request on. TOKEN: its identifier, or its holder's name if that has only
+    one that is valid."""
 
     async def work() -> None:
         async with operator_of(loaded.settings) as operator:
-            await operator.revoke_operator_token(token)
-        notice(f"operator token {token} is revoked")
+            listed = await operator.operator_tokens()
+            named = [one for one in listed.tokens if one.name == token and not one.is_revoked]
+            found = [one for one in listed.tokens if one.token == token] or [
+                one for one in named if one.expires_at_ns > listed.now_ns
+            ]
+            if not found:
+                raise ResourceNotFound(what="operator token", identifier=token)
+            if len(found) > 1:
+                raise click.UsageError(f"{token} has {len(found)} tokens; give the identifier of one")
+            await operator.revoke_operator_token(found[0].token)
+        notice(f"operator token {found[0].token} of {found[0].name} is revoked")
 
     return run_interruptible(work)
 

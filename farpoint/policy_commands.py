@@ -26,11 +26,17 @@ from runtime.units import parse_seconds
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 OPTIONS: Final = {
-    "rpo_threshold_seconds": ("--rpo-threshold", "An older newest point is a breach; alerts only."),
-    "point_interval_seconds": ("--points-every", "Crash-consistent points while nothing changes: 5 s to 1 h."),
-    "application_interval_seconds": ("--application-every", "Points with the machine's scripts: 1 to 12 h; 0: never."),
-    "freeze_interval_seconds": ("--freeze-after", "A live disk that never settles is frozen: 30 s to 1 d; 0: never."),
-    "copy_interval_seconds": ("--copy-every", "Sources that cannot capture: 30 s, 5 min or 15 min."),
+    "rpo_threshold_seconds": ("--rpo-threshold", "Missed when the newest point is older; alerts only. New: 15 min."),
+    "point_interval_seconds": ("--points-every", "Points while nothing changes: 5 s to 1 h. New: 5 min."),
+    "application_interval_seconds": (
+        "--application-every",
+        "With the machine's scripts: 1 to 12 h; 0: never. New: 1 h.",
+    ),
+    "freeze_interval_seconds": (
+        "--freeze-after",
+        "Of live disks that do not settle: 30 s to 1 d; 0: never. New: 5 min.",
+    ),
+    "copy_interval_seconds": ("--copy-every", "Sources that cannot capture: 30 s, 5 min or 15 min. New: 30 s."),
 }
 """By field."""
 NEW: Final = {"rpo_threshold_seconds": 900.0, "point_interval_seconds": 300.0}
@@ -95,11 +101,15 @@ def list_policies(loaded: Loaded[FarpointSettings], output: Output) -> ExitCode:
 @server_options
 def edit(loaded: Loaded[FarpointSettings], name: str, new_name: str | None, **terms: str | None) -> ExitCode:
     """Change what is given and leave the rest; all machines of the policy are told at once."""
+    if new_name is None and not any(text is not None for text in terms.values()):
+        raise click.UsageError("say what to change")
 
     async def work() -> None:
         async with operator_of(loaded.settings) as operator:
             before = await find_policy(operator, name)
-            content = _content(before.content.model_dump() | {"name": new_name or before.content.name}, terms)
+            content = _content(
+                before.content.model_dump() | {"name": before.content.name if new_name is None else new_name}, terms
+            )
             edited = await operator.edit_policy(before.policy, content, version=before.version)
         notice(f"replication policy {edited.content.name}: version {edited.version}, {len(edited.machines)} machines")
 
@@ -114,7 +124,9 @@ def delete(loaded: Loaded[FarpointSettings], name: str) -> ExitCode:
 
     async def work() -> None:
         async with operator_of(loaded.settings) as operator:
-            await operator.delete_policy((await find_policy(operator, name)).policy)
+            found = await find_policy(operator, name)
+            await operator.delete_policy(found.policy, version=found.version)
+        notice(f"replication policy {found.content.name} is deleted")
 
     return run_interruptible(work)
 
@@ -141,15 +153,17 @@ def set_policy_command(loaded: Loaded[FarpointSettings], machine: str, policy: s
 
 async def find_policy(operator: OperatorClient, name: str) -> PolicyStatus:
     """By its name or identifier. Raises ResourceNotFound."""
-    for one in (await operator.policies()).policies:
-        if name in (one.content.name, one.policy):
-            return one
-    raise ResourceNotFound(what="replication policy", identifier=name)
+    policies = (await operator.policies()).policies
+    found = [one for one in policies if one.policy == name] or [one for one in policies if one.content.name == name]
+    if not found:
+        raise ResourceNotFound(what="replication policy", identifier=name)
+    return found[0]
 
 
 async def _find_machine(operator: OperatorClient, name: str) -> MachineStatus:
     """Raises ResourceNotFound, click.UsageError."""
-    found = [one for one in (await operator.machines()).machines if name in (one.name, one.machine)]
+    machines = (await operator.machines()).machines
+    found = [one for one in machines if one.machine == name] or [one for one in machines if one.name == name]
     if not found:
         raise ResourceNotFound(what="machine", identifier=name)
     if len(found) > 1:

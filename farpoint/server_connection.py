@@ -14,6 +14,7 @@ from farpoint.errors import DirectoryNotUp, OptionMissing
 from farpoint.settings import FarpointSettings
 from protocol.errors import MalformedInput
 from protocol.transport.operator_client import OperatorClient
+from runtime.errors import SecretUnreadable
 from runtime.secrets import read_secret
 
 UP_FILE: Final = "up.json"
@@ -83,8 +84,16 @@ async def operator_of(settings: FarpointSettings) -> AsyncIterator[OperatorClien
         raise OptionMissing(
             option="--token-file", purpose="a file with an operator token, or the one that `config-server init` wrote"
         )
-    client = OperatorClient(server_url=server, authority_pem=read_secret(authority), token=read_secret(token).decode())
+    client = OperatorClient(server_url=server, authority_pem=read_secret(authority), token=_bearer(token))
     try:
         yield client
     finally:
         await client.close()
+
+
+def _bearer(path: Path) -> str:
+    """Raises SecretMissing, SecretUnreadable."""
+    lines = read_secret(path).split()
+    if len(lines) != 1 or not lines[0].isascii():
+        raise SecretUnreadable(path=path, reason="it must hold one token, and nothing else")
+    return lines[0].decode("ascii")

@@ -15,7 +15,7 @@ from protocol.vocabulary import Role
 from recovery.core.instants import instant_text
 from runtime.exit_codes import ExitCode
 from runtime.output import notice
-from runtime.secrets import write_secret
+from runtime.secrets import refuse_existing, write_secret
 from runtime.settings import Loaded
 from runtime.units import parse_seconds
 
@@ -40,6 +40,7 @@ def create(loaded: Loaded[FarpointSettings], role: str, expires_in: str, path: P
         )
     except ValueError as error:
         raise click.BadParameter("give 1 s to 7 d, such as `10 min`", param_hint="--expires-in") from error
+    refuse_existing(path)
 
     async def work() -> None:
         async with operator_of(loaded.settings) as operator:

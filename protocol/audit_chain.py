@@ -12,12 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from protocol.control_errors import AuditChainBroken
+from protocol.control_errors import AuditChainBroken, AuditFormatUnknown
 from protocol.operator_messages import AuditEntry
 from protocol.vocabulary import VaultId
 
 FORMAT: Final = 1
-"""Of what is hashed; a part of it."""
+FIELDS: Final = {1: ("format", "number", "at_ns", "actor_kind", "actor", "actor_name", "action", "subject", "details")}
+"""By format, what of an entry is hashed: what later formats add does not change what older entries say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,15 +35,19 @@ class ChainEnd:
 
 
 def entry_hash(previous: ChainEnd, entry: AuditEntry) -> str:
-    """SHA-256 over the previous hash and the entry's fields as JSON: keys sorted, no blanks, ASCII. entry.hash does not
-    count."""
-    fields = entry.model_dump(mode="json", exclude={"hash"})
-    text = json.dumps({"format": FORMAT, **fields}, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(bytes.fromhex(previous.hash) + text.encode("ascii")).hexdigest()
+    """SHA-256 over the previous hash, a line end, and the fields of the entry's format as JSON: keys sorted, no blanks,
+    ASCII. Raises AuditFormatUnknown."""
+    names = FIELDS.get(entry.format)
+    if names is None:
+        raise AuditFormatUnknown(number=entry.number, format=entry.format)
+    fields = entry.model_dump(mode="json", include=set(names))
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(f"{previous.hash}\n{text}".encode()).hexdigest()
 
 
 def follow_chain(previous: ChainEnd, entries: Iterable[AuditEntry]) -> ChainEnd:
-    """The end of the chain when these entries follow. Raises AuditChainBroken at the first that does not fit."""
+    """The end of the chain when these entries follow. Raises AuditChainBroken at the first that does not fit,
+    AuditFormatUnknown at one that this program cannot judge."""
     for entry in entries:
         if entry.number != previous.number + 1:
             raise AuditChainBroken(number=previous.number + 1, reason=f"entry {entry.number} stands in its place")

@@ -213,7 +213,7 @@ class HostDescription(ControlMessage):
 
     name: Name
     processors: Annotated[int, Field(ge=1, le=65536)]
-    memory_bytes: CountBytes
+    memory_bytes: SizeBytes
     firmware: Literal["bios", "uefi"]
 
 

@@ -97,6 +97,13 @@ class ResourceNotFound(PeerFault):
     message = "there is no {what} {identifier}"
 
 
+class MethodNotAllowed(PeerFault):
+    """The resource has other methods than this one. Fields: method, path, allowed."""
+
+    code = "method-not-allowed"
+    message = "{path} has no {method}, only {allowed}"
+
+
 class CredentialMissing(PeerFault):
     """The route needs a certificate or token that was not presented. Fields: needs."""
 
@@ -106,12 +113,20 @@ class CredentialMissing(PeerFault):
 
 
 class TooManyAttempts(PeerFault):
-    """This address has shown too many wrong tokens, or tried to enrol too often. Fields: wait_seconds."""
+    """This address has tried too many wrong join tokens. Fields: wait_seconds."""
 
     code = "too-many-attempts"
     is_retryable = True
-    message = "too many attempts from this address; the next is good in {wait_seconds} s"
+    message = "too many wrong join tokens came from this address; the next is looked at in {wait_seconds} s"
     hint = "Wait; if that was not you, find out who tries from there."
+
+
+class IdempotencyKeyReused(PeerFault):
+    """The caller has used this Idempotency-Key for another request. Fields: none."""
+
+    code = "idempotency-key-reused"
+    message = "this Idempotency-Key was used for another request"
+    hint = "Choose a new key for each change, and the same one only to repeat that change."
 
 
 class RequestRepeated(PeerFault):
@@ -161,6 +176,14 @@ class PolicyInUse(PeerFault):
     code = "policy-in-use"
     message = "replication policy {policy} holds for {machines} machines"
     hint = "Give them another one first: `farpoint machines set-policy`."
+
+
+class AuditFormatUnknown(LocalFault):
+    """Written by a newer program: it may be whole. Fields: number, format."""
+
+    code = "audit-format-unknown"
+    message = "entry {number} of the audit log has format {format}, which this program does not know"
+    hint = "Verify it with the newest `farpoint`."
 
 
 class JoinTokenMalformed(LocalFault):
@@ -245,6 +268,8 @@ REFUSALS: Final[dict[str, type[ReplicationError]]] = {
         OperatorTokenRefused,
         TooManyAttempts,
         RequestRepeated,
+        IdempotencyKeyReused,
+        MethodNotAllowed,
         PolicyNameTaken,
         PolicyChanged,
         PolicyInUse,

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import NameOID
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, WithJsonSchema
 
 from protocol.control import CertificateBundle, ControlMessage, Identifier, Name, Pem, Vault
 from protocol.errors import InvalidValue, LocalFault
@@ -48,9 +48,23 @@ def _check_enrollable(role: Role) -> Role:
     return role
 
 
-EnrollableRole: TypeAlias = Annotated[Role, AfterValidator(_check_enrollable)]
-KeyBytes: TypeAlias = Annotated[bytes, Field(min_length=32, max_length=32)]
-SignatureBytes: TypeAlias = Annotated[bytes, Field(min_length=64, max_length=64)]
+_ENROLLABLE: Final = sorted(role.value for role in Role if role is not Role.CONFIGURATION_SERVER)
+
+
+def _base64_schema(pattern: str) -> WithJsonSchema:
+    """The generated one would count the bytes as characters."""
+    return WithJsonSchema({"type": "string", "contentEncoding": "base64url", "pattern": pattern})
+
+
+EnrollableRole: TypeAlias = Annotated[
+    Role, AfterValidator(_check_enrollable), WithJsonSchema({"type": "string", "enum": _ENROLLABLE})
+]
+KeyBytes: TypeAlias = Annotated[
+    bytes, Field(min_length=32, max_length=32), _base64_schema("^[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]=$")
+]
+SignatureBytes: TypeAlias = Annotated[
+    bytes, Field(min_length=64, max_length=64), _base64_schema("^[A-Za-z0-9_-]{85}[AQgw]==$")
+]
 
 _PROOF_INFORMATION = b"farpoint join token proof v1"
 _TRANSCRIPT_DOMAIN = b"farpoint enrolment v1"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from typing import Annotated, Final, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from protocol.control import (
     CertificateSerial,
@@ -46,6 +46,17 @@ AUDIT_ENTRIES_PER_PAGE_MAX: Final = 1000
 COPY_INTERVALS_SECONDS: Final = (30.0, 300.0, 900.0)
 
 PolicyName: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,63}$")]
+
+
+def _check_readable(name: str) -> str:
+    if not name.isprintable() or name != name.strip() or name.startswith("-"):
+        raise ValueError("must be printable, without blanks at its ends or a hyphen at its beginning")
+    return name
+
+
+OperatorName: TypeAlias = Annotated[
+    str, StringConstraints(min_length=1, max_length=64), AfterValidator(_check_readable)
+]
 
 
 class OperatorReply(BaseModel):
@@ -122,7 +133,7 @@ class MachineStatus(OperatorReply):
     is_silent: bool
     """Nothing heard for three heartbeats."""
     disks: tuple[Disk, ...]
-    policy: PolicyName | None = None
+    policy: str | None = None
     """The replication policy's name; None: the server's settings."""
 
 
@@ -201,7 +212,7 @@ class JoinTokenRequest(ControlMessage):
 class JoinTokenCreated(OperatorReply):
     """The only time that the token's secret is shown."""
 
-    token: Annotated[str, Field(max_length=256)]
+    token: Annotated[str, Field(max_length=256, repr=False)]
     role: Role
     expires_at_ns: InstantNs
 
@@ -232,17 +243,28 @@ class Problem(OperatorReply):
     fields: dict[str, str | int | float | bool | None] = {}
 
 
+class PolicyTerms(OperatorReply):
+    """What a policy that was made says; see ReplicationPolicy."""
+
+    name: str
+    rpo_threshold_seconds: float
+    point_interval_seconds: float
+    application_interval_seconds: float
+    freeze_interval_seconds: float
+    copy_interval_seconds: float
+
+
 class ReplicationPolicy(ControlMessage):
-    """How machines are protected. A validation error names the field and its rule."""
+    """How machines are protected, as an operator asks for it. A validation error names the field and its rule."""
 
     name: PolicyName
     rpo_threshold_seconds: Annotated[float, Field(ge=30.0, le=31 * 86400.0, allow_inf_nan=False)]
     """An older newest point is a breach. It alerts only: replication goes as fast as it can anyway."""
     point_interval_seconds: Annotated[float, Field(ge=5.0, le=3600.0, allow_inf_nan=False)]
     """The crash-consistent point frequency while nothing changes; what changes is marked at once."""
-    application_interval_seconds: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    application_interval_seconds: Annotated[float, Field(allow_inf_nan=False)] = 3600.0
     """The application-consistent point frequency where machines have scripts for it: 1 to 12 h; 0: never."""
-    freeze_interval_seconds: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    freeze_interval_seconds: Annotated[float, Field(allow_inf_nan=False)] = 300.0
     """A live disk of which no round settled for so long makes its machine's file systems be frozen for a moment:
     30 s to 1 d; 0: never."""
     copy_interval_seconds: Annotated[float, Field(allow_inf_nan=False)] = 30.0
@@ -269,11 +291,15 @@ class ReplicationPolicy(ControlMessage):
     def _check_threshold(self) -> Self:
         if self.rpo_threshold_seconds < 2 * self.point_interval_seconds:
             raise ValueError("rpo_threshold_seconds must be at least twice point_interval_seconds")
+        if self.rpo_threshold_seconds < self.copy_interval_seconds:
+            raise ValueError("rpo_threshold_seconds must not be below copy_interval_seconds")
         return self
 
 
 def _never_or(value: float, low: float, high: float) -> float:
-    if value and not low <= value <= high:
+    if value == 0.0:
+        return 0.0
+    if not low <= value <= high:
         raise ValueError(f"must be 0, or from {low:g} to {high:g}")
     return value
 
@@ -283,7 +309,7 @@ class PolicyStatus(OperatorReply):
 
     policy: Identifier
     version: Annotated[int, Field(ge=1)]
-    content: ReplicationPolicy
+    content: PolicyTerms
     machines: tuple[Machine, ...]
     changed_at_ns: InstantNs
 
@@ -317,7 +343,7 @@ class OperatorRole(enum.Enum):
 class OperatorTokenRequest(ControlMessage):
     """name: of the person or program that will hold it, as the audit log will say."""
 
-    name: Name
+    name: OperatorName
     role: OperatorRole
     lifetime_seconds: Annotated[int, Field(ge=1, le=OPERATOR_TOKEN_SECONDS_MAX)] = OPERATOR_TOKEN_SECONDS_DEFAULT
 
@@ -350,20 +376,24 @@ class OperatorTokenList(OperatorReply):
 
 
 class AuditEntry(OperatorReply):
-    """One change, by whom, and what it was about. hash: see protocol.audit_chain; 64 hexadecimal digits."""
+    """One change, by whom, and what it was about, as it is stored: whether it is what was written, the chain says.
 
-    number: Annotated[int, Field(ge=1)]
-    at_ns: InstantNs
-    actor_kind: Text
+    hash: see protocol.audit_chain.
+    """
+
+    format: int
+    number: int
+    at_ns: int
+    actor_kind: str
     """`administrator`, a role of operators or of members, or `newcomer`."""
-    actor: Text
+    actor: str
     """The identifier of the token or member."""
-    actor_name: Text
-    action: Text
-    subject: Text
+    actor_name: str
+    action: str
+    subject: str
     """The identifier of what was changed."""
     details: dict[str, str]
-    hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    hash: str
 
 
 class AuditPage(OperatorReply):

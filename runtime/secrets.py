@@ -43,6 +43,12 @@ def write_secret(path: Path | str, data: bytes) -> None:
         raise SecretUnreadable(path=path, reason=error.strerror) from error
 
 
+def refuse_existing(path: Path | None) -> None:
+    """Before a secret is made that goes there, for none is to be made that nobody gets. Raises SecretExists."""
+    if path is not None and os.path.lexists(path):
+        raise SecretExists(path=path)
+
+
 def read_secret(path: Path | str) -> bytes:
     """The contents of a secret file; a warning if everybody on this machine may read it.
 

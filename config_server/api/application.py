@@ -28,6 +28,7 @@ from config_server.metrics import ConfigServerMetrics
 from protocol.control import BODY_VALUES_MAX, has_too_many_values, reason_of
 from protocol.control_errors import (
     CredentialMissing,
+    MethodNotAllowed,
     RequestInvalid,
     RequestRepeated,
     RequestTooLarge,
@@ -69,11 +70,11 @@ def _handle(route: Route, rooms: Rooms) -> Handler:
             path=_validate(route.path, dict(request.match_info)),
             query=_validate(route.query, _single_values(request)),
             body=None if route.body is None else await _read_body(request, route, route.body),
-            version=_expected_version(request),
+            version=_expected_version(request) if route.takes_version else None,
         )
         reply = await _carry_out(route, rooms, _marked(request, route, call))
         version = getattr(reply, "version", None) if route.has_version else None
-        headers = {} if version is None else {"ETag": f'"{version}"'}
+        headers = {"Cache-Control": "no-store"} | ({} if version is None else {"ETag": f'"{version}"'})
         return web.Response(body=reply.model_dump_json(), content_type="application/json", headers=headers)
 
     return handle
@@ -81,15 +82,12 @@ def _handle(route: Route, rooms: Rooms) -> Handler:
 
 async def _carry_out(route: Route, rooms: Rooms, call: Call) -> BaseModel:
     """Once, however often a request with the same Idempotency-Key comes. Raises RequestRepeated."""
-    operator = call.caller.operator
-    if operator is None or operator.actor.request is None:
+    try:
         return await route.handler(rooms, call)
-    earlier = await rooms.operators.find_earlier(operator.actor)
-    if earlier is None:
-        return await route.handler(rooms, call)
-    if route.repeat is None:
-        raise RequestRepeated(action=earlier.action, subject=earlier.subject)
-    return await route.repeat(rooms, earlier.subject)
+    except RequestRepeated as repeated:
+        if route.repeat is None:
+            raise
+        return await route.repeat(rooms, str(repeated.fields["subject"]))
 
 
 def _marked(request: web.Request, route: Route, call: Call) -> Call:
@@ -114,7 +112,7 @@ async def _identify(request: web.Request, route: Route, rooms: Rooms) -> Caller:
     if scheme:
         if scheme.lower() != "bearer":
             raise CredentialMissing(needs="a bearer token")
-        operator = await rooms.operators.authenticate(token.strip(), _address_of(request))
+        operator = await rooms.operators.authenticate(token.strip())
         access = Access.ADMINISTRATOR if operator.role is None else ACCESS_OF_OPERATOR[operator.role]
         caller = Caller(access=access, operator=operator)
     else:
@@ -214,8 +212,11 @@ async def _answer(request: web.Request, handler: Handler, template: str) -> web.
         else:
             log.info("request refused", route=template, code=error.code, reason=str(error), peer=request.remote)
         return response
+    except web.HTTPMethodNotAllowed as error:
+        allowed = ", ".join(sorted(error.allowed_methods))
+        return problem_response(MethodNotAllowed(method=request.method, path=template, allowed=allowed))
     except web.HTTPException as error:
-        if error.status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+        if error.status == HTTPStatus.NOT_FOUND:
             return problem_response(ResourceNotFound(what="route", identifier=f"{request.method} {request.path}"))
         return problem_response(RequestInvalid(reason=error.reason))
     except Exception:

@@ -24,16 +24,16 @@ _IDEMPOTENCY_KEY: Final[Json] = {
     "in": "header",
     "required": False,
     "description": "Chosen by the caller: a request that comes again with the same key is not carried out again",
-    "schema": {"type": "string", "minLength": 1, "maxLength": 128},
+    "schema": {"type": "string", "pattern": "^[!-~]{1,128}$"},
 }
 _IF_MATCH: Final[Json] = {
     "name": "If-Match",
     "in": "header",
     "required": False,
     "description": "The ETag of the version that the edit is based on",
-    "schema": {"type": "string"},
+    "schema": {"type": "string", "pattern": '^("[0-9]{1,18}"|\\*)$'},
 }
-_ERROR_STATUSES: Final = ("400", "401", "403", "404", "409", "412", "413", "429", "503")
+_ERROR_STATUSES: Final = ("400", "401", "403", "404", "405", "409", "412", "413", "429", "503")
 
 
 def openapi_document(routes: Iterable[Route]) -> Json:
@@ -91,7 +91,7 @@ def _operation(route: Route, references: Mapping[Any, Json]) -> Json:
     }
     if route.method != "GET" and route.serves & STAFF:
         operation["parameters"].append(_IDEMPOTENCY_KEY)
-    if route.method == "PUT" and route.has_version:
+    if route.takes_version:
         operation["parameters"].append(_IF_MATCH)
     if route.body is not None:
         content = {"application/json": {"schema": references[route.body, _VALIDATION]}}

@@ -13,10 +13,12 @@ from protocol.control_errors import (
     CredentialMissing,
     DiskChanged,
     DiskOfAnotherMachine,
+    IdempotencyKeyReused,
     JoinTokenExpired,
     JoinTokenForAnotherRole,
     JoinTokenUsed,
     JoinTokenWrong,
+    MethodNotAllowed,
     OperatorTokenRefused,
     PolicyChanged,
     PolicyInUse,
@@ -50,6 +52,8 @@ STATUS_OF_ERROR: Final[dict[type[ReplicationError], HTTPStatus]] = {
     DiskChanged: HTTPStatus.CONFLICT,
     PolicyNameTaken: HTTPStatus.CONFLICT,
     RequestRepeated: HTTPStatus.CONFLICT,
+    IdempotencyKeyReused: HTTPStatus.CONFLICT,
+    MethodNotAllowed: HTTPStatus.METHOD_NOT_ALLOWED,
     PolicyInUse: HTTPStatus.CONFLICT,
     PolicyChanged: HTTPStatus.PRECONDITION_FAILED,
     TooManyDisks: HTTPStatus.CONFLICT,
@@ -78,6 +82,8 @@ def problem_response(error: ReplicationError) -> web.Response:
     headers = {"WWW-Authenticate": "Bearer"} if status is HTTPStatus.UNAUTHORIZED else {}
     if isinstance(error, TooManyAttempts):
         headers["Retry-After"] = str(error.fields["wait_seconds"])
+    if isinstance(error, MethodNotAllowed):
+        headers["Allow"] = str(error.fields["allowed"])
     return web.Response(body=problem.model_dump_json(), status=status, content_type=PROBLEM_TYPE, headers=headers)
 
 

@@ -157,6 +157,8 @@ class Route:
     body_bytes_max: int = SMALL_BODY_BYTES_MAX
     repeat: Repeat | None = None
     """None: the answer cannot be given again."""
+    takes_version: bool = False
+    """Whether If-Match counts."""
 
     @property
     def has_version(self) -> bool:

@@ -132,7 +132,7 @@ async def _edit_policy(rooms: Rooms, call: Call) -> BaseModel:
 
 
 async def _delete_policy(rooms: Rooms, call: Call) -> BaseModel:
-    await rooms.policies.delete(call.path.policy, call.caller.actor)
+    await rooms.policies.delete(call.path.policy, call.caller.actor, version=call.version)
     return Nothing()
 
 
@@ -284,6 +284,7 @@ STAFF_ROUTES: Final[tuple[Route, ...]] = (
         template="/v1/policies/{policy}",
         summary="Edit a replication policy, of the version in If-Match if that is given",
         handler=_edit_policy,
+        takes_version=True,
         repeat=_policy_again,
         reply=PolicyStatus,
         serves=_OPERATORS,
@@ -293,8 +294,9 @@ STAFF_ROUTES: Final[tuple[Route, ...]] = (
     Route(
         method="DELETE",
         template="/v1/policies/{policy}",
-        summary="Delete a replication policy that holds for no machine",
+        summary="Delete a replication policy that holds for no machine, of the version in If-Match if that is given",
         handler=_delete_policy,
+        takes_version=True,
         repeat=answer_nothing,
         reply=Nothing,
         serves=_OPERATORS,

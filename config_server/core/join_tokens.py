@@ -44,18 +44,17 @@ class AdmissionDecision:
     request_hash: bytes
 
 
+def is_token_proved(request: EnrollmentRequest, stored: StoredJoinToken | None, *, authority_key_hash: bytes) -> bool:
+    """Whether the newcomer holds the token's secret."""
+    statement = _transcript(request, authority_key_hash)
+    return stored is not None and is_proved(stored.proof_key, statement, request.proof)
+
+
 def decide_admission(
     request: EnrollmentRequest, stored: StoredJoinToken | None, *, authority_key_hash: bytes, now_ns: int
 ) -> AdmissionDecision:
     """Raises JoinTokenWrong, JoinTokenForAnotherRole, JoinTokenUsed, JoinTokenExpired, RequestInvalid."""
-    statement = transcript(
-        token=request.token,
-        role=request.role,
-        name=request.name,
-        request_pem=request.request_pem,
-        signing_public_key=request.signing_public_key,
-        authority_key_hash=authority_key_hash,
-    )
+    statement = _transcript(request, authority_key_hash)
     if stored is None or not is_proved(stored.proof_key, statement, request.proof):
         raise JoinTokenWrong(token=request.token)
     request_hash = hashlib.sha256(statement).digest()
@@ -69,6 +68,17 @@ def decide_admission(
         raise JoinTokenForAnotherRole(token=request.token, token_role=stored.role.value, asked_role=request.role.value)
     _check_signing_key(request, statement)
     return AdmissionDecision(admission=Admission.ADMIT, request_hash=request_hash)
+
+
+def _transcript(request: EnrollmentRequest, authority_key_hash: bytes) -> bytes:
+    return transcript(
+        token=request.token,
+        role=request.role,
+        name=request.name,
+        request_pem=request.request_pem,
+        signing_public_key=request.signing_public_key,
+        authority_key_hash=authority_key_hash,
+    )
 
 
 def _check_signing_key(request: EnrollmentRequest, statement: bytes) -> None:

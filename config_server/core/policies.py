@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocol.operator_messages import ReplicationPolicy
+from protocol.operator_messages import PolicyTerms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +18,7 @@ class Terms:
     application_interval_seconds: float
 
     @staticmethod
-    def of(policy: ReplicationPolicy) -> Terms:
+    def of(policy: PolicyTerms) -> Terms:
         return Terms(
             rpo_threshold_seconds=policy.rpo_threshold_seconds,
             copy_interval_seconds=policy.copy_interval_seconds,

@@ -103,7 +103,18 @@ async def find_chain_end(connection: AsyncConnection) -> ChainEnd | None:
 async def list_audit_entries(connection: AsyncConnection, *, after: int, limit: int) -> list[AuditEntry]:
     query = select(audit_entries).where(audit_entries.c.number > after).order_by(audit_entries.c.number).limit(limit)
     rows = await connection.execute(query)
-    return [AuditEntry.model_validate(dict(row._mapping) | {"details": json.loads(row.details)}) for row in rows]
+    return [AuditEntry.model_validate(dict(row._mapping) | {"details": _details(row.details)}) for row in rows]
+
+
+def _details(stored: str) -> dict[str, str]:
+    """As they were written; whatever somebody else has put there is told as it is, and the chain tells on it."""
+    try:
+        details = json.loads(stored)
+    except ValueError:
+        return {"unreadable": stored}
+    if not isinstance(details, dict):
+        return {"unreadable": stored}
+    return {name: str(value) for name, value in details.items()}
 
 
 def _token(row: Row[Any]) -> StoredOperatorToken:

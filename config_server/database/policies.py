@@ -10,7 +10,7 @@ from sqlalchemy import Row, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from config_server.database.schema import machines, policies
-from protocol.operator_messages import ReplicationPolicy
+from protocol.operator_messages import PolicyTerms
 from protocol.vocabulary import MachineId
 
 
@@ -18,7 +18,7 @@ from protocol.vocabulary import MachineId
 class StoredPolicy:
     policy: str
     version: int
-    content: ReplicationPolicy
+    content: PolicyTerms
     changed_ns: int
 
 
@@ -77,6 +77,6 @@ def _policy(row: Row[Any]) -> StoredPolicy:
     return StoredPolicy(
         policy=row.policy,
         version=row.version,
-        content=ReplicationPolicy.model_validate_json(row.content),
+        content=PolicyTerms.model_validate_json(row.content),
         changed_ns=row.changed_ns,
     )

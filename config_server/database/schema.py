@@ -168,6 +168,7 @@ audit_entries = Table(
     "audit_entries",
     metadata,
     Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("format", BigInteger, nullable=False),
     Column("at_ns", BigInteger, nullable=False),
     Column("actor_kind", String(32), nullable=False),
     Column("actor", String(255), nullable=False),

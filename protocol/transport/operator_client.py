@@ -127,12 +127,13 @@ class OperatorClient(ControlClient):
 
     async def edit_policy(self, policy: str, content: ReplicationPolicy, *, version: int | None = None) -> PolicyStatus:
         """version: the one that the edit is based on. Raises ResourceNotFound, PolicyChanged, PolicyNameTaken."""
-        headers = {} if version is None else {"If-Match": f'"{version}"'}
-        return await self._change("PUT", f"/v1/policies/{policy}", PolicyStatus, body=content, headers=headers)
+        return await self._change(
+            "PUT", f"/v1/policies/{policy}", PolicyStatus, body=content, headers=_if_match(version)
+        )
 
-    async def delete_policy(self, policy: str) -> None:
-        """Raises ResourceNotFound, PolicyInUse."""
-        await self._change("DELETE", f"/v1/policies/{policy}", Nothing)
+    async def delete_policy(self, policy: str, *, version: int | None = None) -> None:
+        """version: the one that is meant. Raises ResourceNotFound, PolicyChanged, PolicyInUse."""
+        await self._change("DELETE", f"/v1/policies/{policy}", Nothing, headers=_if_match(version))
 
     async def set_policy(self, machine: MachineId, policy: str | None) -> None:
         """None: the server's settings. Raises ResourceNotFound."""
@@ -156,3 +157,7 @@ class OperatorClient(ControlClient):
         """The entries with numbers above `after`."""
         query = {"after": str(after), "limit": str(limit)}
         return await self._connection.request("GET", "/v1/audit", AuditPage, query=query)
+
+
+def _if_match(version: int | None) -> dict[str, str]:
+    return {} if version is None else {"If-Match": f'"{version}"'}

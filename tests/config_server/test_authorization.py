@@ -119,15 +119,19 @@ async def test_a_certificate_does_not_help_where_a_wrong_admin_token_is_shown(tm
 
 async def test_unknown_paths_and_methods_are_problems_too(tmp_path: Path) -> None:
     async with running_server(tmp_path / "server") as server, server.plain_session() as session:
-        for method, path in (
-            ("GET", "/"),
-            ("GET", "/v1/secrets"),
-            ("DELETE", "/v1/machines"),
-            ("POST", "/openapi.json"),
-        ):
+        for method, path in (("GET", "/"), ("GET", "/v1/secrets"), ("DELETE", "/v2/machines")):
             async with session.request(method, path) as response:
                 assert response.status == 404
                 assert Problem.model_validate_json(await response.read()).code == "not-found"
+        for method, path, allowed in (
+            ("DELETE", "/v1/machines", "GET"),
+            ("TRACE", "/v1/policies", "GET, POST"),
+            ("POST", "/openapi.json", "GET"),
+        ):
+            async with session.request(method, path) as response:
+                assert response.status == 405
+                assert response.headers["Allow"] == allowed
+                assert Problem.model_validate_json(await response.read()).code == "method-not-allowed"
 
 
 MALFORMED: tuple[tuple[str, bytes], ...] = (

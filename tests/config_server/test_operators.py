@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,17 +16,32 @@ from config_server.audit import ADMINISTRATOR, NEWCOMER
 from config_server.core.rate_limit import Rate, RateLimit
 from config_server.installation import DATABASE_FILE
 from config_server.operators import USE_NOTED_NS
-from config_server.token_hashes import CHECKS_WAITING_MAX, REMEMBERED_MAX, SecretChecker, hash_secret, is_hash_of
+from config_server.token_hashes import (
+    CHECKS_WAITING_MAX,
+    REMEMBERED_MAX,
+    SecretChecker,
+    hash_secret,
+    is_hash,
+    is_hash_of,
+)
 from config_server.wrong_secrets import RATE
 from protocol.audit_chain import ChainEnd, entry_hash, follow_chain
 from protocol.control_errors import (
     AuditChainBroken,
+    AuditFormatUnknown,
     CredentialMissing,
     OperatorTokenRefused,
     ResourceNotFound,
     ServerUnwell,
 )
-from protocol.enrollment import EnrollmentRequest, make_certificate_key
+from protocol.enrollment import (
+    EnrollableRole,
+    EnrollmentRequest,
+    make_certificate_key,
+    proof_key,
+    prove,
+    transcript,
+)
 from protocol.errors import NotPermitted
 from protocol.join_token import JoinToken
 from protocol.operator_messages import AuditEntry, OperatorRole, OperatorTokenRequest
@@ -129,38 +145,67 @@ async def test_nothing_at_rest_is_a_token(tmp_path: Path) -> None:
         await administrator.machines()
 
 
-async def test_who_guesses_has_to_wait_and_nobody_else(tmp_path: Path) -> None:
+def enrollment(token: JoinToken, *, role: EnrollableRole = Role.AGENT, is_right: bool) -> EnrollmentRequest:
+    request_pem = make_certificate_key("x").request_pem
+    statement = transcript(
+        token=token.identifier,
+        role=role,
+        name="x",
+        request_pem=request_pem,
+        signing_public_key=None,
+        authority_key_hash=token.authority_key_hash,
+    )
+    secret = token.secret if is_right else bytes(32)
+    return EnrollmentRequest(
+        token=token.identifier,
+        role=role,
+        name="x",
+        request_pem=request_pem,
+        proof=prove(proof_key(secret), statement),
+    )
+
+
+async def test_who_guesses_join_tokens_has_to_wait_and_nobody_else(tmp_path: Path) -> None:
+    async with running_server(tmp_path / "server") as server, server.plain_session() as session:
+        token, used = await server.token(Role.AGENT), await server.token(Role.AGENT)
+
+        async def send(request: EnrollmentRequest) -> tuple[int, str | None]:
+            json = {"Content-Type": "application/json"}
+            async with session.post("/v1/enrollments", data=request.model_dump_json(), headers=json) as response:
+                return response.status, response.headers.get("Retry-After")
+
+        assert await send(enrollment(used, is_right=True)) == (200, None)
+        for _ in range(RATE.at_once + 5):
+            assert (await send(enrollment(used, is_right=True)))[0] == 409, "it was right, and is only used"
+        wrong = [enrollment(token, is_right=False)] * RATE.at_once
+        wrong += [enrollment(replace(token, identifier="0" * 32), is_right=True)] * RATE.at_once
+        answers = await asyncio.gather(*map(send, wrong))
+        assert {status for status, _ in answers} == {403, 429}
+        assert sum(status == 403 for status, _ in answers) <= RATE.at_once + 2
+        assert {after for status, after in answers if status == 429} <= {"1", "2"}
+        assert await send(enrollment(token, is_right=True)) == (200, None), "from the same address, and right"
+
+
+async def test_wrong_operator_tokens_cost_nothing_and_shut_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[bytes] = []
+    original = token_hashes.is_hash_of
+    monkeypatch.setattr(token_hashes, "is_hash_of", lambda *given: (checked.append(given[0]), original(*given))[1])
     async with running_server(tmp_path / "server") as server:
-        known = await server.operator_token(OperatorRole.VIEWER)
-        expired = await server.operator_token(OperatorRole.VIEWER, lifetime_seconds=1)
-        wrong = f"{known.secret_token[:-2]}{'AA' if not known.secret_token.endswith('AA') else 'BB'}"
-        async with server.operator(known.secret_token) as operator, server.plain_session(bearer=wrong) as guesser:
-            await operator.machines()
-            for _ in range(RATE.at_once + 2):
-                async with guesser.get("/v1/machines") as response:
-                    status, headers = response.status, response.headers
-            assert status == 429
-            assert 1 <= int(headers["Retry-After"]) <= 2
-            await operator.machines()  # from the same address, and known
-        async with server.plain_session(bearer=expired.secret_token) as session, session.get("/v1/disks") as response:
-            assert response.status == 429
-        token = JoinToken(identifier="0" * 32, secret=bytes(32), authority_key_hash=bytes(32))
-        request = EnrollmentRequest(
-            token=token.identifier,
-            role=Role.AGENT,
-            name="x",
-            request_pem=make_certificate_key("x").request_pem,
-            proof=bytes(32),
-        )
-        async with (
-            server.plain_session() as session,
-            session.post(
-                "/v1/enrollments",
-                data=request.model_dump_json(),
-                headers={"Content-Type": "application/json"},
-            ) as response,
-        ):
-            assert response.status == 429
+        created = await server.operator_token(OperatorRole.VIEWER)
+        checked.clear()
+        head, token, secret = created.secret_token.split(".")
+        wrong = [f"{head}.{token}.{'A' * 43}", f"{head}.{'0' * 32}.{secret}", "A" * 43]
+
+        async def ask(bearer: str) -> int:
+            async with server.plain_session(bearer=bearer) as session, session.get("/v1/machines") as response:
+                return response.status
+
+        assert set(await asyncio.gather(*(ask(bearer) for bearer in wrong * 30))) == {401}
+        assert not checked
+        assert await ask(created.secret_token) == 200
+        assert checked == [secret.encode()]
 
 
 def test_tries_come_back_with_time_and_other_addresses_have_their_own() -> None:
@@ -191,8 +236,11 @@ def test_a_hash_is_of_one_secret_and_never_the_same() -> None:
     assert is_hash_of(b"secret", other)
     assert not is_hash_of(b"secreu", one)
     assert not is_hash_of(b"", one)
-    assert not is_hash_of(b"secret", "$argon2id$v=19$nonsense")
+    assert not is_hash_of(b"secret", "00000000:$argon2id$v=19$nonsense")
     assert not is_hash_of(b"secret", "")
+    assert is_hash(one)
+    assert not is_hash("")
+    assert not is_hash("0:" + one.partition(":")[2])
 
 
 async def test_a_right_secret_is_checked_once_and_a_wrong_one_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +251,7 @@ async def test_a_right_secret_is_checked_once_and_a_wrong_one_each_time(monkeypa
         return secret.startswith(b"right") and hashed == "hash"
 
     monkeypatch.setattr(token_hashes, "is_hash_of", check)
+    monkeypatch.setattr(token_hashes, "may_be_hash_of", lambda secret, hashed: True)
     checker = SecretChecker()
     for _ in range(3):
         assert await checker.is_right(b"right", "hash")
@@ -219,6 +268,7 @@ async def test_a_right_secret_is_checked_once_and_a_wrong_one_each_time(monkeypa
 
 async def test_wrong_tokens_cannot_queue_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_hashes, "is_hash_of", lambda secret, hashed: False)
+    monkeypatch.setattr(token_hashes, "may_be_hash_of", lambda secret, hashed: True)
     checker = SecretChecker()
     found = await asyncio.gather(
         *(checker.is_right(b"%d" % number, "hash") for number in range(3 * CHECKS_WAITING_MAX)), return_exceptions=True
@@ -304,6 +354,9 @@ async def test_pages_are_of_any_size_and_changes_at_once_make_one_chain(tmp_path
         "UPDATE audit_entries SET actor_name = 'eve' WHERE number = 2",
         "UPDATE audit_entries SET details = '{}' WHERE number = 2",
         "UPDATE audit_entries SET at_ns = at_ns + 1 WHERE number = 3",
+        "UPDATE audit_entries SET details = 'nonsense' WHERE number = 2",
+        "UPDATE audit_entries SET details = '[1]' WHERE number = 2",
+        "UPDATE audit_entries SET hash = 'nonsense' WHERE number = 4",
         "DELETE FROM audit_entries WHERE number = 1",
         "DELETE FROM audit_entries WHERE number = 2",
     ],
@@ -316,6 +369,7 @@ async def test_a_log_that_was_tampered_with_does_not_hold(tmp_path: Path, tamper
         connection.execute(tampering)
     connection.close()
     async with running_server(tmp_path / "server") as server, server.operator() as administrator:
+        await server.operator_token(OperatorRole.VIEWER)  # work goes on
         entries = (await administrator.audit_page()).entries
     with pytest.raises(AuditChainBroken):
         follow_chain(BEGINNING, entries)
@@ -333,6 +387,7 @@ def chained(rows: list[tuple[str, str, str, dict[str, str], int]], beginning: Ch
     end, entries = beginning, list[AuditEntry]()
     for name, action, subject, details, at_ns in rows:
         entry = AuditEntry(
+            format=1,
             number=end.number + 1,
             at_ns=at_ns,
             actor_kind="operator",
@@ -347,6 +402,12 @@ def chained(rows: list[tuple[str, str, str, dict[str, str], int]], beginning: Ch
         entries.append(entry)
         end = ChainEnd(number=entry.number, hash=entry.hash)
     return entries
+
+
+def test_an_entry_of_a_later_format_is_not_called_broken() -> None:
+    (entry,) = chained([("a", "b", "c", {}, 1)])
+    with pytest.raises(AuditFormatUnknown):
+        follow_chain(BEGINNING, [entry.model_copy(update={"format": 2})])
 
 
 @given(ENTRIES, st.data())

@@ -25,9 +25,9 @@ from tests.config_server.running import (
 
 GOLD = ReplicationPolicy(
     name="gold",
-    rpo_threshold_seconds=120.0,
+    rpo_threshold_seconds=420.0,
     point_interval_seconds=30.0,
-    application_interval_seconds=3600.0,
+    application_interval_seconds=7200.0,
     freeze_interval_seconds=60.0,
     copy_interval_seconds=300.0,
 )
@@ -59,19 +59,19 @@ async def test_an_edit_reaches_the_machines_of_the_policy_at_once_and_no_other(t
         assert frequencies(orders)[:2] == (7.0, 8.0)
         made = await operator.create_policy(GOLD)
         await operator.set_policy(machines[0], made.policy)
-        assert frequencies(await one.wait_for_orders(NO_REVISION, 0)) == (30.0, 300.0, 60.0, 3600.0)
+        assert frequencies(await one.wait_for_orders(NO_REVISION, 0)) == (30.0, 300.0, 60.0, 7200.0)
         assert frequencies(await other.wait_for_orders(NO_REVISION, 0))[:2] == (7.0, 8.0)
 
         before, elsewhere = [await agent.wait_for_orders(NO_REVISION, 0) for agent in (one, other)]
         polls = [
             asyncio.create_task(agent.wait_for_orders(known.revision, wait))
-            for agent, known, wait in ((one, before, 30.0), (other, elsewhere, 1.0))
+            for agent, known, wait in ((one, before, 60.0), (other, elsewhere, 1.0))
         ]
-        await asyncio.sleep(0)
-        edited = await operator.edit_policy(made.policy, GOLD.model_copy(update={"point_interval_seconds": 45.0}))
-        assert (edited.version, edited.machines) == (2, (machines[0],))
-        assert frequencies(await polls[0])[0] == 45.0
-        assert (await polls[1]).revision == elsewhere.revision
+        async with asyncio.timeout(20):  # of a minute that the poll may be held
+            edited = await operator.edit_policy(made.policy, GOLD.model_copy(update={"point_interval_seconds": 45.0}))
+            assert (edited.version, edited.machines) == (2, (machines[0],))
+            assert frequencies(await polls[0])[0] == 45.0
+            assert (await polls[1]).revision == elsewhere.revision
 
         await operator.set_policy(machines[0], None)
         assert frequencies(await one.wait_for_orders(NO_REVISION, 0))[:2] == (7.0, 8.0)
@@ -92,13 +92,13 @@ async def test_the_threshold_of_the_policy_decides_what_is_a_breach(tmp_path: Pa
         assignment = await agent.register_disk(registration())
         await agent.report(agent_report(assignment.disk))
         made = await operator.create_policy(GOLD)
-        clock.offset_ns += 200 * 10**9
+        clock.offset_ns += 500 * 10**9
         first = await operator.disk(assignment.disk)
         await operator.set_policy(assignment.machine, made.policy)
         second = await operator.disk(assignment.disk)
-        assert (first.rpo.threshold_seconds, second.rpo.threshold_seconds) == (3600.0, 120.0)
-        assert (await operator.disks()).disks[0].rpo.threshold_seconds == 120.0
-        assert first.rpo.status is RpoStatus.UNKNOWN
+        assert (first.rpo.threshold_seconds, second.rpo.threshold_seconds) == (3600.0, 420.0)
+        assert (await operator.disks()).disks[0].rpo.threshold_seconds == 420.0
+        assert (first.rpo.status, second.rpo.status) == (RpoStatus.UNKNOWN, RpoStatus.MISSED)
         (machine,) = (await operator.machines()).machines
         assert machine.policy == "gold"
 
@@ -106,7 +106,7 @@ async def test_the_threshold_of_the_policy_decides_what_is_a_breach(tmp_path: Pa
 async def test_who_edits_what_somebody_else_has_changed_is_told(tmp_path: Path) -> None:
     async with running_server(tmp_path / "server") as server, server.operator() as operator:
         made = await operator.create_policy(GOLD)
-        wider = GOLD.model_copy(update={"rpo_threshold_seconds": 600.0})
+        wider = GOLD.model_copy(update={"rpo_threshold_seconds": 900.0})
         assert (await operator.edit_policy(made.policy, wider, version=1)).version == 2
         assert (await operator.edit_policy(made.policy, wider, version=2)).version == 2, "nothing changed"
         with pytest.raises(PolicyChanged) as refused:
@@ -117,6 +117,10 @@ async def test_who_edits_what_somebody_else_has_changed_is_told(tmp_path: Path) 
             async with session.get(url) as response:
                 assert response.headers["ETag"] == '"2"'
             json = {"Content-Type": "application/json"}
+            async with session.delete(url, headers={"If-Match": '"1"'}) as response:
+                assert response.status == 412
+            async with session.get("/v1/machines", headers={"If-Match": "somebody else's"}) as response:
+                assert response.status == 200
             for header, status in (('"1"', 412), ("*", 200), ("W/x", 400), ('"3"', 200)):
                 async with session.put(
                     url, data=GOLD.model_dump_json(), headers=json | {"If-Match": header}
@@ -158,11 +162,11 @@ async def test_names_are_unique_and_what_is_in_use_stays(tmp_path: Path) -> None
     told = next(entry for entry in entries if entry.action == "create policy")
     assert told.details == {
         "name": "gold",
-        "rpo_threshold_seconds": "120",
-        "point_interval_seconds": "30",
-        "application_interval_seconds": "3600",
-        "freeze_interval_seconds": "60",
-        "copy_interval_seconds": "300",
+        "rpo_threshold_seconds": "420.0",
+        "point_interval_seconds": "30.0",
+        "application_interval_seconds": "7200.0",
+        "freeze_interval_seconds": "60.0",
+        "copy_interval_seconds": "300.0",
     }
 
 
@@ -182,6 +186,7 @@ WRONG: tuple[tuple[dict[str, Any], str], ...] = (
     ({"freeze_interval_seconds": 29.0}, "freeze_interval_seconds"),
     ({"freeze_interval_seconds": float("nan")}, "freeze_interval_seconds"),
     ({"copy_interval_seconds": 60.0}, "must be 30, 300 or 900"),
+    ({"copy_interval_seconds": 900.0}, "below copy_interval_seconds"),
     ({"retention": 1}, "retention"),
 )
 

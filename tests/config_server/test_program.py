@@ -123,6 +123,33 @@ def test_init_makes_what_run_needs_and_keeps_it_private(tmp_path: Path) -> None:
     assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o600}
 
 
+def test_the_admin_token_can_be_replaced_while_the_server_is_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "server"
+    initialise(path, authority_key=AUTHORITY_KEY, now_ns=NOW_NS)
+    before = (path / ADMIN_TOKEN_FILE).read_bytes().strip()
+    with exclusive_lock(path / LOCK_FILE), pytest.raises(StateLocked):
+        invoke("admin-token", "--dir", str(path))
+    assert (path / ADMIN_TOKEN_FILE).read_bytes().strip() == before
+    (path / ADMIN_TOKEN_FILE).unlink()
+    output = invoke("admin-token", "--dir", str(path))
+    after = (path / ADMIN_TOKEN_FILE).read_bytes().strip()
+    assert after.decode() not in output
+    hashed = read_installation(path).admin_token_hash
+    assert is_hash_of(after, hashed)
+    assert not is_hash_of(before, hashed)
+    with pytest.raises(NotInitialised):
+        invoke("admin-token", "--dir", str(tmp_path / "nothing"))
+
+
+def test_a_directory_of_an_older_program_gets_the_hash_of_its_admin_token(tmp_path: Path) -> None:
+    path = tmp_path / "server"
+    initialise(path, authority_key=AUTHORITY_KEY, now_ns=NOW_NS)
+    (path / ADMIN_TOKEN_HASH_FILE).unlink()
+    for _ in range(2):
+        hashed = read_installation(path).admin_token_hash
+        assert is_hash_of((path / ADMIN_TOKEN_FILE).read_bytes().strip(), hashed)
+
+
 def test_init_never_overwrites(tmp_path: Path) -> None:
     path = tmp_path / "server"
     initialise(path, authority_key=AUTHORITY_KEY, now_ns=NOW_NS)
@@ -159,6 +186,7 @@ def test_an_init_that_was_cut_off_is_begun_again(tmp_path: Path, written: int) -
 def test_a_damaged_installation_is_named(tmp_path: Path, name: str, damage: str) -> None:
     path = tmp_path / "server"
     initialise(path, authority_key=AUTHORITY_KEY, now_ns=NOW_NS)
+    (path / ADMIN_TOKEN_FILE).unlink()
     if damage == "missing":
         (path / name).unlink()
     else:

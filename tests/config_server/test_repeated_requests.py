@@ -61,9 +61,11 @@ async def test_a_key_is_of_one_request_of_one_caller(tmp_path: Path) -> None:
         server.administrator() as session,
     ):
         assert (await send(session, "k"))[0] == 200
-        assert (await send(session, "k", body=GOLD.model_copy(update={"name": "silver"})))[0] == 400
+        assert (await send(session, "k", body=GOLD.model_copy(update={"name": "silver"})))[0] == 409
         token = OperatorTokenRequest(name="x", role=OperatorRole.OPERATOR)
-        assert (await send(session, "k", url="/v1/operator-tokens", body=token))[0] == 400
+        status, problem = await send(session, "k", url="/v1/operator-tokens", body=token)
+        assert status == 409
+        assert b"idempotency-key-reused" in problem
         other = await server.operator_token(OperatorRole.OPERATOR)
         async with server.plain_session(bearer=other.secret_token) as others:
             assert (await send(others, "k", body=GOLD.model_copy(update={"name": "silver"})))[0] == 200
@@ -97,6 +99,20 @@ async def test_requests_at_once_with_one_key_change_once(tmp_path: Path) -> None
         assert len(await entries(server)) == 1
         async with server.operator() as administrator:
             assert len((await administrator.operator_tokens()).tokens) == 1
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
+async def test_repeats_that_overtake_each_other_get_the_same_answer(tmp_path: Path, method: str) -> None:
+    async with running_server(tmp_path / "server") as server, server.administrator() as session:
+        url, body = "/v1/policies", GOLD
+        if method != "POST":
+            made = PolicyStatus.model_validate_json((await send(session, "made"))[1])
+            url, body = f"{url}/{made.policy}", GOLD.model_copy(update={"name": "silver"})
+        found = await asyncio.gather(
+            *(send(session, "k", method=method, url=url, body=None if method == "DELETE" else body) for _ in range(6))
+        )
+        assert len(set(found)) == 1
+        assert found[0][0] == 200
 
 
 async def test_the_command_lines_client_asks_again_when_an_answer_is_lost(

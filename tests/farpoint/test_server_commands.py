@@ -156,11 +156,29 @@ def test_an_operator_gets_a_token_uses_it_and_loses_it(server: RunningServer, tm
     assert (ada()["role"], ada()["state"]) == ("viewer", "valid")
     assert run("operators", "revoke", ada()["token"], *server.options).exit_code == ExitCode.OK
     assert ada()["state"] == "revoked"
+    assert run("operators", "revoke", "ada", *server.options).exit_code == ExitCode.NOT_FOUND
     refused = run("machines", *with_token(server, path))
     assert refused.exit_code == ExitCode.NOT_PERMITTED
     assert "revoked" in refused.stderr
     assert "farpoint operators create" in refused.stderr
-    assert run("operators", "revoke", "0" * 32, *server.options).exit_code == ExitCode.NOT_FOUND
+    for unknown in ("0" * 32, "../certificates/AB"):
+        assert run("operators", "revoke", unknown, *server.options).exit_code == ExitCode.NOT_FOUND
+
+
+def test_no_token_is_made_for_a_file_that_is_there(server: RunningServer, tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("mine")
+    before = run("operators", "list", "-o", "json", *server.options).stdout
+    command = ("operators", "create", "bo", "--role", "viewer", "--output", tmp_path / "there", *server.options)
+    assert run(*command).exit_code == ExitCode.FAILURE
+    assert run("operators", "list", "-o", "json", *server.options).stdout == before
+
+
+@pytest.mark.parametrize("contents", [b"one\ntwo\n", b"\xff\xfe", b""])
+def test_a_file_that_holds_no_token_is_named(server: RunningServer, tmp_path: Path, contents: bytes) -> None:
+    (tmp_path / "token").write_bytes(contents)
+    refused = run("machines", *with_token(server, tmp_path / "token"))
+    assert refused.exit_code == ExitCode.FAILURE
+    assert "one token" in refused.stderr
 
 
 @pytest.mark.parametrize("wrong", [["--role", "viewer", "--expires-in", "367 d"], ["--role", "king"], []])
@@ -180,9 +198,14 @@ def test_the_audit_log_is_listed_and_holds(server: RunningServer, tmp_path: Path
     after = json.loads(run("audit", "list", "--after", newest["number"] - 1, "-o", "json", *options).stdout)
     assert after == [newest]
     kept = tmp_path / "kept.json"
-    for _ in range(2):
+    for known in (None, newest["number"]):
         found = run("audit", "verify", "--remember", kept, "-o", "json", *options)
-        assert json.loads(found.stdout) == {"entries": newest["number"], "hash": newest["hash"], "is_whole": True}
+        assert json.loads(found.stdout) == {
+            "entries": newest["number"],
+            "hash": newest["hash"],
+            "is_whole": True,
+            "remembered_entries": known,
+        }
     remembered = json.loads(kept.read_text())
     for changed, told in (
         ({"number": newest["number"] + 1}, "when it was last verified"),
@@ -193,13 +216,13 @@ def test_the_audit_log_is_listed_and_holds(server: RunningServer, tmp_path: Path
         assert broken.exit_code == ExitCode.FAILURE
         assert told in broken.stderr
         assert json.loads(kept.read_text()) == remembered | changed
-    for changed in ({"vault": "0" * 32}, {"number": "many"}):
+    for changed in ({"vault": "0" * 32}, {"number": "many"}, {"number": -5}, {"hash": "x"}):
         kept.write_text(json.dumps(remembered | changed))
         assert run("audit", "verify", "--remember", kept, *options).exit_code == ExitCode.FAILURE
 
 
 def test_a_policy_is_made_edited_and_deleted(server: RunningServer) -> None:
-    made = run("policies", "create", "gold", "--rpo-threshold", "5 min", "--points-every", "1 min", *server.options)
+    made = run("policies", "create", "gold", "--rpo-threshold", "20 min", "--points-every", "1 min", *server.options)
     assert made.exit_code == ExitCode.OK, made.output
     assert run("policies", "create", "gold", *server.options).exit_code == ExitCode.FAILURE
 
@@ -207,9 +230,11 @@ def test_a_policy_is_made_edited_and_deleted(server: RunningServer) -> None:
         (one,) = json.loads(run("policies", "list", "-o", "json", *server.options).stdout)
         return one  # type: ignore[no-any-return]
 
-    assert (gold()["rpo_threshold_seconds"], gold()["point_interval_seconds"], gold()["version"]) == (300, 60, 1)
+    assert (gold()["rpo_threshold_seconds"], gold()["point_interval_seconds"], gold()["version"]) == (1200, 60, 1)
     assert run("policies", "edit", "gold", "--copy-every", "15 min", *server.options).exit_code == ExitCode.OK
-    assert (gold()["copy_interval_seconds"], gold()["rpo_threshold_seconds"], gold()["version"]) == (900, 300, 2)
+    assert (gold()["copy_interval_seconds"], gold()["rpo_threshold_seconds"], gold()["version"]) == (900, 1200, 2)
+    assert run("policies", "edit", "gold", *server.options).exit_code == ExitCode.USAGE
+    assert run("policies", "edit", "gold", "--name", "", *server.options).exit_code == ExitCode.USAGE
     assert run("policies", "edit", "gold", "--name", "silver", *server.options).exit_code == ExitCode.OK
     assert "silver" in run("policies", "list", *server.options).stdout
     assert run("policies", "delete", "gold", *server.options).exit_code == ExitCode.NOT_FOUND

@@ -26,6 +26,7 @@ def upgrade() -> None:
     op.create_table(
         "audit_entries",
         sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("format", sa.BigInteger, nullable=False),
         sa.Column("at_ns", sa.BigInteger, nullable=False),
         sa.Column("actor_kind", sa.String(32), nullable=False),
         sa.Column("actor", sa.String(255), nullable=False),
