@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
+from typing import Final
 
 from config_server.clock import ServerClock
 from config_server.core.rpo import evaluate_rpo
 from config_server.core.server_clock import ServerClockState
-from config_server.database.disks import StoredDisk, find_disk, list_disks
+from config_server.database.disks import StoredDisk, find_disk, list_disks, list_disks_of_machines, page_disks
 from config_server.database.engine import Database
 from config_server.database.members import (
     StoredMachine,
     find_machine,
-    list_certificates,
+    find_machines,
     list_machines,
     list_process_servers,
+    page_certificates,
+    page_machines,
 )
 from config_server.database.points import (
     StoredPoint,
     count_publications,
     find_newest_point,
     list_newest_points,
-    list_points,
+    page_points,
 )
 from config_server.database.policies import StoredPolicy, find_policy, list_policies
 from config_server.reconciler import Reconciler
@@ -38,7 +42,18 @@ from protocol.operator_messages import (
     RecoveryPointList,
     RecoveryPointStatus,
 )
-from protocol.vocabulary import DiskId, MachineId, ProcessServerId
+from protocol.vocabulary import DiskId, ProcessServerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """At most `limit` rows behind the identifier `after`, which is the last one of the page before."""
+
+    after: str
+    limit: int
+
+
+EVERYTHING: Final = Page(after="", limit=10**9)
 
 
 class OperatorViews:
@@ -49,15 +64,14 @@ class OperatorViews:
         self._clock = clock
         self._reconciler = reconciler
 
-    async def machines(self) -> MachineList:
+    async def machines(self, page: Page = EVERYTHING) -> MachineList:
         now_ns = (await self._clock.tick()).tick_ns
         async with self._database.reading() as connection:
-            stored = await list_machines(connection)
+            stored = await page_machines(connection, after=page.after, limit=page.limit + 1)
+            shown = stored[: page.limit]
             policies = {one.policy: one.content.name for one in await list_policies(connection)}
-            disks: dict[MachineId, list[DiskId]] = defaultdict(list)
-            for disk in await list_disks(connection):
-                if disk.known.is_protected:
-                    disks[disk.machine].append(disk.disk)
+            named = None if page is EVERYTHING else [machine.machine for machine in shown]
+            disks = await list_disks_of_machines(connection, named)
         machines = tuple(
             MachineStatus(
                 machine=machine.machine,
@@ -67,20 +81,23 @@ class OperatorViews:
                 boot_id=machine.boot_id,
                 last_heard_ns=machine.heard_ns,
                 is_silent=self._reconciler.is_silent(machine.heard_ns, now_ns=now_ns),
-                disks=tuple(disks[machine.machine]),
+                disks=tuple(disk.disk for disk in disks.get(machine.machine, ()) if disk.known.is_protected),
                 policy=None if machine.policy is None else policies[machine.policy],
             )
-            for machine in stored
+            for machine in shown
         )
-        return MachineList(now_ns=now_ns, machines=machines)
+        next_after = shown[-1].machine if len(stored) > len(shown) else None
+        return MachineList(now_ns=now_ns, machines=machines, next=next_after)
 
-    async def disks(self) -> DiskList:
-        """Protected ones first, then those whose protection ended."""
+    async def disks(self, page: Page = EVERYTHING) -> DiskList:
+        """Protected ones, and those whose protection ended."""
         clock = await self._clock.tick()
         async with self._database.reading() as connection:
-            machines = {machine.machine: machine for machine in await list_machines(connection)}
-            stored = sorted(await list_disks(connection), key=lambda disk: not disk.known.is_protected)
-            points = await list_newest_points(connection)
+            stored = await page_disks(connection, after=page.after, limit=page.limit + 1)
+            shown = stored[: page.limit]
+            is_all = page is EVERYTHING
+            machines = await find_machines(connection, None if is_all else {disk.machine for disk in shown})
+            points = await list_newest_points(connection, None if is_all else [disk.disk for disk in shown])
             policies = {one.policy: one for one in await list_policies(connection)}
 
         def status(disk: StoredDisk) -> DiskStatus:
@@ -88,8 +105,8 @@ class OperatorViews:
             policy = None if machine.policy is None else policies[machine.policy]
             return self._disk(disk, machine, policy, points.get(disk.disk), clock)
 
-        disks = [status(disk) for disk in stored]
-        return DiskList(now_ns=clock.tick_ns, disks=tuple(disks))
+        next_after = shown[-1].disk if len(stored) > len(shown) else None
+        return DiskList(now_ns=clock.tick_ns, disks=tuple(map(status, shown)), next=next_after)
 
     async def disk(self, disk: DiskId) -> DiskStatus:
         """Raises ResourceNotFound."""
@@ -104,10 +121,14 @@ class OperatorViews:
             newest = await find_newest_point(connection, disk)
         return self._disk(stored, machine, policy, newest, clock)
 
-    async def points(self, *, disk: DiskId | None, limit: int) -> RecoveryPointList:
+    async def points(
+        self, *, disk: DiskId | None, after: tuple[int, int, int, str] | None, limit: int
+    ) -> RecoveryPointList:
+        """after: (instant, epoch, sequence, disk) of the last one of the page before."""
         now_ns = (await self._clock.tick()).tick_ns
         async with self._database.reading() as connection:
-            stored = await list_points(connection, disk=disk, limit=limit)
+            found = await page_points(connection, disk=disk, after=after, limit=limit + 1)
+        stored = found[:limit]
         points = tuple(
             RecoveryPointStatus(
                 point=one.point.point,
@@ -122,7 +143,9 @@ class OperatorViews:
             )
             for one in stored
         )
-        return RecoveryPointList(now_ns=now_ns, points=points)
+        last = stored[-1].point if len(found) > len(stored) else None
+        next_after = None if last is None else f"{last.instant_ns}.{last.epoch}.{last.sequence}.{last.disk}"
+        return RecoveryPointList(now_ns=now_ns, points=points, next=next_after)
 
     async def process_servers(self) -> ProcessServerList:
         now_ns = (await self._clock.tick()).tick_ns
@@ -153,10 +176,12 @@ class OperatorViews:
             )
         return ProcessServerList(now_ns=now_ns, process_servers=process_servers)
 
-    async def certificates(self) -> CertificateList:
+    async def certificates(self, page: Page) -> CertificateList:
+        """Those that have not expired."""
         now_ns = (await self._clock.tick()).tick_ns
         async with self._database.reading() as connection:
-            stored = await list_certificates(connection, valid_at_ns=now_ns)
+            found = await page_certificates(connection, valid_at_ns=now_ns, after=page.after, limit=page.limit + 1)
+        stored = found[: page.limit]
         certificates = tuple(
             CertificateStatus(
                 serial=one.serial,
@@ -169,7 +194,8 @@ class OperatorViews:
             )
             for one in stored
         )
-        return CertificateList(now_ns=now_ns, certificates=certificates)
+        next_after = stored[-1].serial if len(found) > len(stored) else None
+        return CertificateList(now_ns=now_ns, certificates=certificates, next=next_after)
 
     def _disk(
         self,

@@ -38,6 +38,8 @@ from protocol.enrollment import EnrollableRole
 from protocol.vocabulary import Role
 
 POINTS_PER_PAGE_MAX: Final = 1000
+ROWS_PER_PAGE_MAX: Final = 1000
+"""Of machines, disks and certificates."""
 JOIN_TOKEN_SECONDS_MAX: Final = 7 * 86400
 JOIN_TOKEN_SECONDS_DEFAULT: Final = 3600
 OPERATOR_TOKEN_SECONDS_MAX: Final = 366 * 86400
@@ -179,17 +181,23 @@ class CertificateStatus(OperatorReply):
 class MachineList(OperatorReply):
     now_ns: InstantNs
     machines: tuple[MachineStatus, ...]
+    next: str | None = None
+    """What `after` has to be for the next page; None: there is none."""
 
 
 class DiskList(OperatorReply):
     now_ns: InstantNs
     disks: tuple[DiskStatus, ...]
+    next: str | None = None
+    """What `after` has to be for the next page; None: there is none."""
 
 
 class RecoveryPointList(OperatorReply):
     now_ns: InstantNs
     points: tuple[RecoveryPointStatus, ...]
     """Newest first."""
+    next: str | None = None
+    """What `after` has to be for the next page; None: there is none."""
 
 
 class ProcessServerList(OperatorReply):
@@ -200,6 +208,8 @@ class ProcessServerList(OperatorReply):
 class CertificateList(OperatorReply):
     now_ns: InstantNs
     certificates: tuple[CertificateStatus, ...]
+    next: str | None = None
+    """What `after` has to be for the next page; None: there is none."""
 
 
 class JoinTokenRequest(ControlMessage):

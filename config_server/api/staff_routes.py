@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from config_server.api.route import (
     STAFF,
@@ -17,6 +17,7 @@ from config_server.api.route import (
     Route,
     answer_nothing,
 )
+from config_server.operator_views import Page
 from protocol.control import (
     CertificateSerial,
     Disk,
@@ -26,6 +27,7 @@ from protocol.control import (
 from protocol.operator_messages import (
     AUDIT_ENTRIES_PER_PAGE_MAX,
     POINTS_PER_PAGE_MAX,
+    ROWS_PER_PAGE_MAX,
     AuditPage,
     CertificateList,
     DiskList,
@@ -63,11 +65,44 @@ class OperatorTokenPath(Parameters):
     token: Identifier
 
 
+class PageQuery(Parameters):
+    """By identifier; after: `next` of the page before."""
+
+    after: Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")] = ""
+    limit: Annotated[int, Field(ge=1, le=ROWS_PER_PAGE_MAX)] = ROWS_PER_PAGE_MAX
+
+    @property
+    def page(self) -> Page:
+        return Page(after=self.after, limit=self.limit)
+
+
+class SerialPageQuery(PageQuery):
+    """By serial."""
+
+    after: Annotated[str, Field(pattern=r"^([0-9A-F]{2}){0,20}$")] = ""
+
+
 class PointsQuery(Parameters):
-    """The newest `limit` points, of one disk or of all."""
+    """The newest `limit` points, of one disk or of all; after: `next` of the page before."""
 
     disk: Disk | None = None
+    after: Annotated[str, Field(pattern=r"^(([0-9]{1,19}\.){3}[0-9a-f]{32})?$")] = ""
     limit: Annotated[int, Field(ge=1, le=POINTS_PER_PAGE_MAX)] = POINTS_PER_PAGE_MAX
+
+    @field_validator("after")
+    @classmethod
+    def _check_numbers(cls, value: str) -> str:
+        if any(int(number) >= 2**63 for number in value.split(".")[:-1]):
+            raise ValueError("holds a number that no point has")
+        return value
+
+    @property
+    def position(self) -> tuple[int, int, int, str] | None:
+        """(instant, epoch, sequence, disk); None: from the newest on."""
+        if not self.after:
+            return None
+        instant_ns, epoch, sequence, disk = self.after.split(".")
+        return int(instant_ns), int(epoch), int(sequence), disk
 
 
 class AuditQuery(Parameters):
@@ -82,11 +117,11 @@ async def _create_token(rooms: Rooms, call: Call) -> BaseModel:
 
 
 async def _machines(rooms: Rooms, call: Call) -> BaseModel:
-    return await rooms.views.machines()
+    return await rooms.views.machines(call.query.page)
 
 
 async def _disks(rooms: Rooms, call: Call) -> BaseModel:
-    return await rooms.views.disks()
+    return await rooms.views.disks(call.query.page)
 
 
 async def _disk(rooms: Rooms, call: Call) -> BaseModel:
@@ -99,7 +134,8 @@ async def _pause_disk(rooms: Rooms, call: Call) -> BaseModel:
 
 
 async def _points(rooms: Rooms, call: Call) -> BaseModel:
-    return await rooms.views.points(disk=call.query.disk, limit=call.query.limit)
+    query: PointsQuery = call.query
+    return await rooms.views.points(disk=query.disk, after=query.position, limit=query.limit)
 
 
 async def _process_servers(rooms: Rooms, call: Call) -> BaseModel:
@@ -107,7 +143,7 @@ async def _process_servers(rooms: Rooms, call: Call) -> BaseModel:
 
 
 async def _certificates(rooms: Rooms, call: Call) -> BaseModel:
-    return await rooms.views.certificates()
+    return await rooms.views.certificates(call.query.page)
 
 
 async def _revoke(rooms: Rooms, call: Call) -> BaseModel:
@@ -186,6 +222,7 @@ STAFF_ROUTES: Final[tuple[Route, ...]] = (
         template="/v1/machines",
         summary="All machines",
         handler=_machines,
+        query=PageQuery,
         reply=MachineList,
         serves=_READERS,
     ),
@@ -194,6 +231,7 @@ STAFF_ROUTES: Final[tuple[Route, ...]] = (
         template="/v1/disks",
         summary="All disks with their progress and RPO",
         handler=_disks,
+        query=PageQuery,
         reply=DiskList,
         serves=_READERS,
     ),
@@ -239,6 +277,7 @@ STAFF_ROUTES: Final[tuple[Route, ...]] = (
         template="/v1/certificates",
         summary="All certificates that have not expired",
         handler=_certificates,
+        query=SerialPageQuery,
         reply=CertificateList,
         serves=_OPERATORS | _AUDITORS,
     ),

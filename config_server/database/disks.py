@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from sqlalchemy import Row, bindparam, func, insert, or_, select, update
@@ -49,6 +50,25 @@ async def list_disks(connection: AsyncConnection, *, machine: MachineId | None =
     if machine is not None:
         query = query.where(disks.c.machine == machine)
     return [_disk(row) for row in await connection.execute(query)]
+
+
+async def page_disks(connection: AsyncConnection, *, after: str, limit: int) -> list[StoredDisk]:
+    """By identifier, behind `after`."""
+    query = select(disks).where(disks.c.disk > after).order_by(disks.c.disk).limit(limit)
+    return [_disk(row) for row in await connection.execute(query)]
+
+
+async def list_disks_of_machines(
+    connection: AsyncConnection, machine_ids: Collection[MachineId] | None
+) -> dict[MachineId, list[StoredDisk]]:
+    """In the order of registration. None: of all machines."""
+    query = select(disks).order_by(disks.c.registered_ns, disks.c.disk)
+    if machine_ids is not None:
+        query = query.where(disks.c.machine.in_(machine_ids))
+    found: dict[MachineId, list[StoredDisk]] = defaultdict(list)
+    for stored in map(_disk, await connection.execute(query)):
+        found[stored.machine].append(stored)
+    return found
 
 
 async def find_disk(connection: AsyncConnection, disk: DiskId) -> StoredDisk | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +98,22 @@ async def list_machines(
     query = select(machines).order_by(machines.c.name, machines.c.machine)
     if process_server is not None:
         query = query.where(machines.c.process_server == process_server)
+    return [_machine(row) for row in await connection.execute(query)]
+
+
+async def find_machines(
+    connection: AsyncConnection, machine_ids: Collection[MachineId] | None
+) -> dict[MachineId, StoredMachine]:
+    """Those of these that exist; None: all."""
+    query = select(machines)
+    if machine_ids is not None:
+        query = query.where(machines.c.machine.in_(machine_ids))
+    return {stored.machine: stored for stored in map(_machine, await connection.execute(query))}
+
+
+async def page_machines(connection: AsyncConnection, *, after: str, limit: int) -> list[StoredMachine]:
+    """By identifier, behind `after`."""
+    query = select(machines).where(machines.c.machine > after).order_by(machines.c.machine).limit(limit)
     return [_machine(row) for row in await connection.execute(query)]
 
 
@@ -256,12 +273,15 @@ async def find_certificate(connection: AsyncConnection, serial: str) -> StoredCe
     return None if row is None else _certificate(row)
 
 
-async def list_certificates(connection: AsyncConnection, *, valid_at_ns: int) -> list[StoredCertificate]:
-    """Those that have not expired, newest first."""
+async def page_certificates(
+    connection: AsyncConnection, *, valid_at_ns: int, after: str, limit: int
+) -> list[StoredCertificate]:
+    """Those that have not expired, by serial, behind `after`."""
     query = (
         select(certificates)
-        .where(certificates.c.valid_until_ns > valid_at_ns)
-        .order_by(certificates.c.valid_from_ns.desc(), certificates.c.serial)
+        .where(certificates.c.valid_until_ns > valid_at_ns, certificates.c.serial > after)
+        .order_by(certificates.c.serial)
+        .limit(limit)
     )
     return [_certificate(row) for row in await connection.execute(query)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from sqlalchemy import Row, and_, delete, func, insert, select, update
+from sqlalchemy import Row, and_, delete, func, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from config_server.core.server_clock import ClockSpan, DatedInstant
@@ -63,8 +63,10 @@ async def find_newest_point(
     return None if row is None else _point(row)
 
 
-async def list_newest_points(connection: AsyncConnection) -> dict[DiskId, StoredPoint]:
-    """By position, of every disk that has one."""
+async def list_newest_points(
+    connection: AsyncConnection, disk_ids: Collection[DiskId] | None
+) -> dict[DiskId, StoredPoint]:
+    """By position, of each of these disks that has one; None: of all."""
     newest = (
         select(points.c.point)
         .where(points.c.disk == disks.c.disk)
@@ -74,14 +76,21 @@ async def list_newest_points(connection: AsyncConnection) -> dict[DiskId, Stored
         .scalar_subquery()
     )
     query = _SELECT_POINTS.where(points.c.point == newest)
+    if disk_ids is not None:
+        query = query.where(disks.c.disk.in_(disk_ids))
     return {stored.point.disk: stored for stored in map(_point, await connection.execute(query))}
 
 
-async def list_points(connection: AsyncConnection, *, disk: DiskId | None, limit: int) -> list[StoredPoint]:
-    """Newest first."""
-    query = _SELECT_POINTS.order_by(points.c.instant_ns.desc(), points.c.epoch.desc(), points.c.sequence.desc())
+async def page_points(
+    connection: AsyncConnection, *, disk: DiskId | None, after: tuple[int, int, int, str] | None, limit: int
+) -> list[StoredPoint]:
+    """Newest first, behind `after`: (instant, epoch, sequence, disk)."""
+    order = (points.c.instant_ns, points.c.epoch, points.c.sequence, points.c.disk)
+    query = _SELECT_POINTS.order_by(*(column.desc() for column in order))
     if disk is not None:
         query = query.where(points.c.disk == disk)
+    if after is not None:
+        query = query.where(tuple_(*order) < after)
     return [_point(row) for row in await connection.execute(query.limit(limit))]
 
 

@@ -6,7 +6,7 @@ A change whose answer was lost is sent again under the same Idempotency-Key: it 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from typing import Final, TypeVar
 
@@ -47,6 +47,7 @@ from protocol.vocabulary import DiskId, MachineId
 CHANGE_ATTEMPTS_MAX: Final = 2
 
 _Reply = TypeVar("_Reply", bound=BaseModel)
+_List = TypeVar("_List", MachineList, DiskList, CertificateList)
 
 
 class OperatorClient(ControlClient):
@@ -69,6 +70,13 @@ class OperatorClient(ControlClient):
             )
         )
 
+    async def _further(self, path: str, first: _List) -> AsyncIterator[_List]:
+        """The pages behind this one. What is added or removed meanwhile may be there or not; nothing else is missed."""
+        page = first
+        while page.next is not None:
+            page = await self._connection.request("GET", path, type(first), query={"after": page.next})
+            yield page
+
     async def _change(
         self,
         method: str,
@@ -90,10 +98,22 @@ class OperatorClient(ControlClient):
         return await self._change("POST", "/v1/join-tokens", JoinTokenCreated, body=request)
 
     async def machines(self) -> MachineList:
-        return await self._connection.request("GET", "/v1/machines", MachineList)
+        """All, by name."""
+        listed = await self._connection.request("GET", "/v1/machines", MachineList)
+        machines = [*listed.machines]
+        async for page in self._further("/v1/machines", listed):
+            machines += page.machines
+        machines.sort(key=lambda one: (one.name, one.machine))
+        return listed.model_copy(update={"machines": tuple(machines), "next": None})
 
     async def disks(self) -> DiskList:
-        return await self._connection.request("GET", "/v1/disks", DiskList)
+        """All, protected ones first, by machine and path."""
+        listed = await self._connection.request("GET", "/v1/disks", DiskList)
+        disks = [*listed.disks]
+        async for page in self._further("/v1/disks", listed):
+            disks += page.disks
+        disks.sort(key=lambda one: (not one.is_protected, one.machine_name, one.path, one.disk))
+        return listed.model_copy(update={"disks": tuple(disks), "next": None})
 
     async def disk(self, disk: DiskId) -> DiskStatus:
         """Raises ResourceNotFound."""
@@ -112,7 +132,13 @@ class OperatorClient(ControlClient):
         return await self._connection.request("GET", "/v1/process-servers", ProcessServerList)
 
     async def certificates(self) -> CertificateList:
-        return await self._connection.request("GET", "/v1/certificates", CertificateList)
+        """All that have not expired, newest first."""
+        listed = await self._connection.request("GET", "/v1/certificates", CertificateList)
+        certificates = [*listed.certificates]
+        async for page in self._further("/v1/certificates", listed):
+            certificates += page.certificates
+        certificates.sort(key=lambda one: (-one.valid_from_ns, one.serial))
+        return listed.model_copy(update={"certificates": tuple(certificates), "next": None})
 
     async def revoke_certificate(self, serial: str) -> None:
         """Idempotent. Raises ResourceNotFound."""

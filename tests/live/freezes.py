@@ -76,7 +76,7 @@ class FoundPoints:
 def hunt_points(rounds: int) -> tuple[dict[str, Any], bool]:
     """A third as many points of file systems as rounds, a tenth as many of a PostgreSQL, and the control; and whether
     all is well."""
-    points, postgresql = FoundPoints(), FoundPoints()
+    points = FoundPoints()
     wanted = {kind: (rounds // 3 + place) // len(SIZE_BYTES) for place, kind in enumerate(reversed(SIZE_BYTES))}
     controls = {}
     with TemporaryDirectory(prefix="farpoint-points-") as root:
@@ -86,6 +86,7 @@ def hunt_points(rounds: int) -> tuple[dict[str, Any], bool]:
             if wanted[kind]:
                 file_system_points(kind, Path(root, f"{kind}-points"), points, points=wanted[kind])
                 controls[kind] = control(kind, Path(root, f"{kind}-control"))
+    postgresql = FoundPoints()  # now: it looks at how long ago its newest point was
     if rounds // 10:
         postgresql_points(postgresql, points=rounds // 10)
     is_well = points.points == sum(wanted.values()) and postgresql.points == rounds // 10
