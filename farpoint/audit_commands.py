@@ -61,9 +61,7 @@ def list_entries(loaded: Loaded[FarpointSettings], output: Output, after: int) -
     async def work() -> None:
         async with operator_of(loaded.settings) as operator:
             entries = [entry async for page in _pages(operator, after) for entry in page]
-        output.rows(
-            [entry.model_dump(mode="json") | {"at": instant_text(entry.at_ns)} for entry in entries], columns=COLUMNS
-        )
+        output.rows([_row(entry, output) for entry in entries], columns=COLUMNS)
 
     return run_interruptible(work)
 
@@ -95,6 +93,13 @@ def verify(loaded: Loaded[FarpointSettings], output: Output, path: Path | None) 
         output.record({"entries": end.number, "hash": end.hash, "is_whole": True, "remembered_entries": known})
 
     return run_interruptible(work)
+
+
+def _row(entry: AuditEntry, output: Output) -> dict[str, object]:
+    row = entry.model_dump(mode="json") | {"at": instant_text(entry.at_ns)}
+    if output.format == "table":
+        row["details"] = ", ".join(f"{name}: {value}" for name, value in sorted(entry.details.items()))
+    return row
 
 
 async def _follow(operator: OperatorClient, end: ChainEnd, remembered: ChainEnd | None) -> ChainEnd:

@@ -177,7 +177,7 @@ def _content(values: dict[str, Any], terms: dict[str, str | None]) -> Replicatio
         given = {field: parse_seconds(text) for field, text in terms.items() if text is not None}
         return ReplicationPolicy.model_validate(values | given)
     except ValidationError as error:
-        reason = reason_of(error)
+        reason = reason_of(error).removeprefix("it: ").replace("Value error, ", "")
         for field, (flag, _) in OPTIONS.items():
             reason = reason.replace(field, flag)
         raise click.UsageError(reason) from error

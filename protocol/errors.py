@@ -118,7 +118,7 @@ class NotPermitted(PeerFault):
 
     code = "not-permitted"
     message = "{subject} is not permitted: {reason}"
-    hint = "Check the role of the certificate, and that the disk is registered for this machine."
+    hint = "Check the role of the certificate or token, and that the disk is registered for this machine."
 
 
 class CertificateRefused(NotPermitted):
