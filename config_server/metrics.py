@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from protocol.operator_messages import DiskList, MachineList, ProcessServerList, RpoStatus
+from protocol.operator_messages import DiskStatus, MachineStatus, ProcessServerList, RpoStatus
 
 _METHODS: Final = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"})
 _DURATION_BUCKETS_SECONDS: Final = (0.002, 0.01, 0.05, 0.25, 1.0, 5.0, 30.0, 60.0)
@@ -79,11 +79,13 @@ class ConfigServerMetrics:
             known_method = method if method in _METHODS else "other"
             self._requests.labels(known_method, route, str(outcome.status)).inc()
 
-    def observe(self, machines: MachineList, disks: DiskList, process_servers: ProcessServerList) -> None:
+    def observe(
+        self, machines: Sequence[MachineStatus], disks: Sequence[DiskStatus], process_servers: ProcessServerList
+    ) -> None:
         """What the views say now."""
-        _count(self._machines, [not one.is_silent for one in machines.machines])
+        _count(self._machines, [not one.is_silent for one in machines])
         _count(self._process_servers, [not one.is_silent for one in process_servers.process_servers])
-        protected = [disk for disk in disks.disks if disk.is_protected]
+        protected = [disk for disk in disks if disk.is_protected]
         tally = Tally(disk.rpo.status for disk in protected)
         for status in RpoStatus:
             self._disks.labels(status.value).set(tally[status])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -53,7 +54,8 @@ class Page:
     limit: int
 
 
-EVERYTHING: Final = Page(after="", limit=10**9)
+PAGE_ROWS: Final = 250
+"""Of what is read in pages here: others wait no longer for the event loop than one of them takes."""
 
 
 class OperatorViews:
@@ -64,14 +66,29 @@ class OperatorViews:
         self._clock = clock
         self._reconciler = reconciler
 
-    async def machines(self, page: Page = EVERYTHING) -> MachineList:
+    async def all_machines(self) -> AsyncIterator[MachineStatus]:
+        after: str | None = ""
+        while after is not None:
+            listed = await self.machines(Page(after=after, limit=PAGE_ROWS))
+            for machine in listed.machines:
+                yield machine
+            after = listed.next
+
+    async def all_disks(self) -> AsyncIterator[DiskStatus]:
+        after: str | None = ""
+        while after is not None:
+            listed = await self.disks(Page(after=after, limit=PAGE_ROWS))
+            for disk in listed.disks:
+                yield disk
+            after = listed.next
+
+    async def machines(self, page: Page) -> MachineList:
         now_ns = (await self._clock.tick()).tick_ns
         async with self._database.reading() as connection:
             stored = await page_machines(connection, after=page.after, limit=page.limit + 1)
             shown = stored[: page.limit]
             policies = {one.policy: one.content.name for one in await list_policies(connection)}
-            named = None if page is EVERYTHING else [machine.machine for machine in shown]
-            disks = await list_disks_of_machines(connection, named)
+            disks = await list_disks_of_machines(connection, [machine.machine for machine in shown])
         machines = tuple(
             MachineStatus(
                 machine=machine.machine,
@@ -89,15 +106,14 @@ class OperatorViews:
         next_after = shown[-1].machine if len(stored) > len(shown) else None
         return MachineList(now_ns=now_ns, machines=machines, next=next_after)
 
-    async def disks(self, page: Page = EVERYTHING) -> DiskList:
+    async def disks(self, page: Page) -> DiskList:
         """Protected ones, and those whose protection ended."""
         clock = await self._clock.tick()
         async with self._database.reading() as connection:
             stored = await page_disks(connection, after=page.after, limit=page.limit + 1)
             shown = stored[: page.limit]
-            is_all = page is EVERYTHING
-            machines = await find_machines(connection, None if is_all else {disk.machine for disk in shown})
-            points = await list_newest_points(connection, None if is_all else [disk.disk for disk in shown])
+            machines = await find_machines(connection, {disk.machine for disk in shown})
+            points = await list_newest_points(connection, [disk.disk for disk in shown])
             policies = {one.policy: one for one in await list_policies(connection)}
 
         def status(disk: StoredDisk) -> DiskStatus:

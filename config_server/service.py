@@ -200,9 +200,9 @@ class ConfigServer:
     ) -> None:
         while True:
             try:
-                metrics.observe(
-                    await rooms.views.machines(), await rooms.views.disks(), await rooms.views.process_servers()
-                )
+                machines = [machine async for machine in rooms.views.all_machines()]
+                disks = [disk async for disk in rooms.views.all_disks()]
+                metrics.observe(machines, disks, await rooms.views.process_servers())
                 self._faults.clear()
             except ReplicationError as error:
                 log.error("cannot read the state", code=error.code, reason=str(error))

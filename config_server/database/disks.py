@@ -59,12 +59,10 @@ async def page_disks(connection: AsyncConnection, *, after: str, limit: int) -> 
 
 
 async def list_disks_of_machines(
-    connection: AsyncConnection, machine_ids: Collection[MachineId] | None
+    connection: AsyncConnection, machine_ids: Collection[MachineId]
 ) -> dict[MachineId, list[StoredDisk]]:
-    """In the order of registration. None: of all machines."""
-    query = select(disks).order_by(disks.c.registered_ns, disks.c.disk)
-    if machine_ids is not None:
-        query = query.where(disks.c.machine.in_(machine_ids))
+    """In the order of registration."""
+    query = select(disks).where(disks.c.machine.in_(machine_ids)).order_by(disks.c.registered_ns, disks.c.disk)
     found: dict[MachineId, list[StoredDisk]] = defaultdict(list)
     for stored in map(_disk, await connection.execute(query)):
         found[stored.machine].append(stored)

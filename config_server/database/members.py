@@ -102,12 +102,10 @@ async def list_machines(
 
 
 async def find_machines(
-    connection: AsyncConnection, machine_ids: Collection[MachineId] | None
+    connection: AsyncConnection, machine_ids: Collection[MachineId]
 ) -> dict[MachineId, StoredMachine]:
-    """Those of these that exist; None: all."""
-    query = select(machines)
-    if machine_ids is not None:
-        query = query.where(machines.c.machine.in_(machine_ids))
+    """Those that exist."""
+    query = select(machines).where(machines.c.machine.in_(machine_ids))
     return {stored.machine: stored for stored in map(_machine, await connection.execute(query))}
 
 

@@ -63,10 +63,8 @@ async def find_newest_point(
     return None if row is None else _point(row)
 
 
-async def list_newest_points(
-    connection: AsyncConnection, disk_ids: Collection[DiskId] | None
-) -> dict[DiskId, StoredPoint]:
-    """By position, of each of these disks that has one; None: of all."""
+async def list_newest_points(connection: AsyncConnection, disk_ids: Collection[DiskId]) -> dict[DiskId, StoredPoint]:
+    """By position, of each of these disks that has one."""
     newest = (
         select(points.c.point)
         .where(points.c.disk == disks.c.disk)
@@ -75,9 +73,7 @@ async def list_newest_points(
         .correlate(disks)
         .scalar_subquery()
     )
-    query = _SELECT_POINTS.where(points.c.point == newest)
-    if disk_ids is not None:
-        query = query.where(disks.c.disk.in_(disk_ids))
+    query = _SELECT_POINTS.where(points.c.point == newest, disks.c.disk.in_(disk_ids))
     return {stored.point.disk: stored for stored in map(_point, await connection.execute(query))}
 
 
