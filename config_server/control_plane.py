@@ -151,14 +151,16 @@ class ControlPlane:
         """Raises NotPermitted for a disk of another machine; then nothing of the report is recorded."""
         now_ns = (await self._clock.tick()).tick_ns
         async with self._database.writing() as connection:
-            own = {stored.disk for stored in await list_disks(connection, machine=machine_id)}
-            _check_owned(machine_id, [disk.disk for disk in report.disks], own)
+            disks = await list_disks(connection, machine=machine_id)
+            _check_owned(machine_id, [disk.disk for disk in report.disks], {stored.disk for stored in disks})
             await record_agent_report(connection, machine_id, report, now_ns=now_ns)
             await record_disk_reports(connection, report.disks, now_ns=now_ns)
             machine = await _machine(connection, machine_id)
-            changed = await self._reconciler.reconcile_machine(connection, machine, now_ns=now_ns)
-            machine = await _machine(connection, machine_id)
-            orders = await self._reconciler.agent_orders(connection, machine, certificate, now_ns=now_ns)
+            # why the disks as they were: what a report says of them decides nothing here
+            changed = await self._reconciler.reconcile_machine(connection, machine, now_ns=now_ns, disks=disks)
+            if changed:
+                machine = await _machine(connection, machine_id)
+            orders = await self._reconciler.agent_orders(connection, machine, certificate, now_ns=now_ns, disks=disks)
         self._announcements.announce(changed)
         return orders
 

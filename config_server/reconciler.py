@@ -83,9 +83,20 @@ class Reconciler:
         """What a machine with this replication policy goes by."""
         return self._terms if policy is None else Terms.of(policy.content)
 
-    async def reconcile_machine(self, connection: AsyncConnection, machine: StoredMachine, *, now_ns: int) -> set[str]:
-        """Assigns, grants and describes as far as it is possible now. Returns the members whose orders changed."""
-        disks = await list_disks(connection, machine=machine.machine)
+    async def reconcile_machine(
+        self,
+        connection: AsyncConnection,
+        machine: StoredMachine,
+        *,
+        now_ns: int,
+        disks: Sequence[StoredDisk] | None = None,
+    ) -> set[str]:
+        """Assigns, grants and describes as far as it is possible now. Returns the members whose orders changed.
+
+        disks: the machine's, if they are at hand.
+        """
+        if disks is None:
+            disks = await list_disks(connection, machine=machine.machine)
         if not any(stored.known.is_protected for stored in disks):
             return set()
         changed: set[str] = set()
@@ -114,9 +125,17 @@ class Reconciler:
         await add_publication(connection, publication, now_ns=now_ns)
 
     async def agent_orders(
-        self, connection: AsyncConnection, machine: StoredMachine, certificate: StoredCertificate, *, now_ns: int
+        self,
+        connection: AsyncConnection,
+        machine: StoredMachine,
+        certificate: StoredCertificate,
+        *,
+        now_ns: int,
+        disks: Sequence[StoredDisk] | None = None,
     ) -> AgentOrders:
-        """All that holds for this machine now."""
+        """All that holds for this machine now. disks: the machine's, if they are at hand."""
+        if disks is None:
+            disks = await list_disks(connection, machine=machine.machine)
         address = await address_of(connection, machine.process_server)
         policy = None if machine.policy is None else await find_policy(connection, machine.policy)
         terms = self.terms_of(policy)
@@ -135,7 +154,7 @@ class Reconciler:
                     copy_interval_seconds=terms.copy_interval_seconds,
                     point_interval_seconds=terms.point_interval_seconds,
                 )
-                for stored in await list_disks(connection, machine=machine.machine)
+                for stored in disks
                 if stored.known.is_protected
             ),
             revoked=await read_revocation_list(connection, valid_at_ns=now_ns),
