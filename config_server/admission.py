@@ -23,6 +23,7 @@ from config_server.database.members import (
     add_process_server,
     find_certificate,
     find_join_token,
+    find_machine,
     forget_join_tokens,
     revoke_certificates,
     use_join_token,
@@ -30,7 +31,7 @@ from config_server.database.members import (
 from config_server.installation import Installation
 from config_server.wrong_secrets import WrongSecrets
 from protocol.control import CertificateBundle
-from protocol.control_errors import JoinTokenWrong, ResourceNotFound
+from protocol.control_errors import JoinTokenWrong, MachineQuarantined, ResourceNotFound
 from protocol.enrollment import EnrollmentReply, EnrollmentRequest, proof_key
 from protocol.errors import CertificateRefused
 from protocol.join_token import SECRET_BYTES, JoinToken
@@ -139,15 +140,20 @@ class AdmissionOffice:
         return reply
 
     async def authenticate(self, identity: PeerIdentity, serial: str) -> StoredCertificate:
-        """The certificate that a caller has shown. Raises CertificateRefused."""
+        """The certificate that a caller has shown. Raises CertificateRefused, MachineQuarantined."""
         async with self._database.reading() as connection:
             stored = await find_certificate(connection, serial)
+            machine = None
+            if identity.role is Role.AGENT:
+                machine = await find_machine(connection, MachineId(identity.identifier))
         if stored is None or (stored.role, stored.identifier) != (identity.role, identity.identifier):
             raise CertificateRefused(subject=identity.uri, reason="this server has not issued it")
         if identity.vault != self._installation.vault:
             raise CertificateRefused(subject=identity.uri, reason="it is another vault's")
         if stored.is_revoked:
             raise CertificateRefused(subject=identity.uri, reason="it has been revoked")
+        if machine is not None and machine.is_quarantined:
+            raise MachineQuarantined(machine=machine.machine)
         # why: the handshake looked at the validity, but a connection can outlive it
         if (await self._clock.tick()).tick_ns >= stored.valid_until_ns:
             raise CertificateRefused(subject=identity.uri, reason="it has expired, by this server's clock")

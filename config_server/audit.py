@@ -1,6 +1,7 @@
 """Writes the audit log: every change that somebody asked for, by whom, in the transaction that makes it.
 
-Heartbeats and what this server decides by itself are no changes that somebody asked for.
+Heartbeats are no changes that somebody asked for. What this server decides by itself is there only where somebody has
+to deal with it: a quarantine.
 """
 
 from __future__ import annotations

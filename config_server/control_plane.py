@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TypeVar
 
 import structlog
@@ -16,10 +16,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from config_server.announcements import Announcements
 from config_server.audit import Actor, AuditLog
 from config_server.clock import ServerClock
+from config_server.core.clones import observe_boot
 from config_server.core.recovery_points import Statement, judge
 from config_server.core.registry import match_disk
 from config_server.core.server_clock import ServerClockState, date_instant
 from config_server.database.disks import (
+    StoredDisk,
     add_disk,
     candidates_for,
     count_protected_disks,
@@ -44,8 +46,10 @@ from config_server.database.members import (
     find_process_server,
     list_machines,
     list_unassigned_machines,
+    quarantine_machine,
     record_agent_report,
     record_process_server_report,
+    release_machine,
 )
 from config_server.database.points import (
     add_point,
@@ -66,7 +70,7 @@ from protocol.control import (
     ProcessServerOrders,
     ProcessServerReport,
 )
-from protocol.control_errors import ResourceNotFound, TooManyDisks
+from protocol.control_errors import MachineQuarantined, ResourceNotFound, TooManyDisks
 from protocol.errors import CertificateRefused, NotPermitted
 from protocol.vocabulary import DiskId, MachineId, ProcessServerId, Role, VaultId
 
@@ -148,21 +152,72 @@ class ControlPlane:
     async def agent_report(
         self, machine_id: MachineId, report: AgentReport, certificate: StoredCertificate
     ) -> AgentOrders:
-        """Raises NotPermitted for a disk of another machine; then nothing of the report is recorded."""
+        """Raises NotPermitted for a disk of another machine, MachineQuarantined; then nothing of the report is
+        recorded."""
         now_ns = (await self._clock.tick()).tick_ns
         async with self._database.writing() as connection:
             disks = await list_disks(connection, machine=machine_id)
             _check_owned(machine_id, [disk.disk for disk in report.disks], {stored.disk for stored in disks})
-            await record_agent_report(connection, machine_id, report, now_ns=now_ns)
-            await record_disk_reports(connection, report.disks, now_ns=now_ns)
             machine = await _machine(connection, machine_id)
-            # why the disks as they were: what a report says of them decides nothing here
-            changed = await self._reconciler.reconcile_machine(connection, machine, now_ns=now_ns, disks=disks)
-            if changed:
-                machine = await _machine(connection, machine_id)
-            orders = await self._reconciler.agent_orders(connection, machine, certificate, now_ns=now_ns, disks=disks)
+            boots = observe_boot(machine.boots, report.boot_id)
+            if boots is None:
+                await self._quarantine(connection, machine, report, now_ns=now_ns)
+            else:
+                await record_agent_report(connection, machine_id, report, boots, now_ns=now_ns)
+                await record_disk_reports(connection, report.disks, now_ns=now_ns)
+                # why the disks as they were: what a report says of them decides nothing here
+                orders, changed = await self._answer_agent(connection, machine_id, disks, certificate, now_ns=now_ns)
+        if boots is None:
+            self._announcements.announce_to_all()
+            raise MachineQuarantined(machine=machine_id)
         self._announcements.announce(changed)
         return orders
+
+    async def release_machine(self, machine_id: MachineId, actor: Actor) -> None:
+        """Ends a quarantine: whoever reports first is taken for the machine. Raises ResourceNotFound."""
+        now_ns = (await self._clock.tick()).tick_ns
+        async with self._database.writing() as connection:
+            await self._audit.check_new(connection, actor)
+            machine = await _machine(connection, machine_id)
+            if not machine.is_quarantined:
+                return
+            await release_machine(connection, machine_id)
+            await self._audit.record(connection, actor, "release machine", machine_id, now_ns=now_ns)
+        self._announcements.announce_to_all()
+
+    async def _answer_agent(
+        self,
+        connection: AsyncConnection,
+        machine_id: MachineId,
+        disks: Sequence[StoredDisk],
+        certificate: StoredCertificate,
+        *,
+        now_ns: int,
+    ) -> tuple[AgentOrders, set[str]]:
+        machine = await _machine(connection, machine_id)
+        changed = await self._reconciler.reconcile_machine(connection, machine, now_ns=now_ns, disks=disks)
+        if changed:
+            machine = await _machine(connection, machine_id)
+        orders = await self._reconciler.agent_orders(connection, machine, certificate, now_ns=now_ns, disks=disks)
+        return orders, changed
+
+    async def _quarantine(
+        self, connection: AsyncConnection, machine: StoredMachine, report: AgentReport, *, now_ns: int
+    ) -> None:
+        log.error(
+            "two agents report as one machine", machine=machine.machine, name=machine.name, boot_id=report.boot_id
+        )
+        await quarantine_machine(connection, machine.machine)
+        await self._audit.record(
+            connection,
+            Actor(kind=Role.CONFIGURATION_SERVER.value, identifier="", name="the configuration server"),
+            "quarantine machine",
+            machine.machine,
+            now_ns=now_ns,
+            boot_id=report.boot_id,
+            other_boot_id=machine.boots.boot_id,
+            host=report.host.name,
+        )
 
     async def wait_for_agent_orders(
         self, machine_id: MachineId, certificate: StoredCertificate, *, revision: str, wait_seconds: float
@@ -296,6 +351,10 @@ async def _check_member(connection: AsyncConnection, certificate: StoredCertific
     stored = await find_certificate(connection, certificate.serial)
     if stored is None or stored.is_revoked:
         raise CertificateRefused(subject=f"{certificate.role.value} {certificate.identifier}", reason="it was revoked")
+    if certificate.role is Role.AGENT:
+        machine = await _machine(connection, MachineId(certificate.identifier))
+        if machine.is_quarantined:
+            raise MachineQuarantined(machine=machine.machine)
 
 
 def _agent_of(machine: StoredMachine) -> Actor:

@@ -45,6 +45,11 @@ class ConfigServerMetrics:
         self._machines = Gauge(
             "farpoint_config_server_machines", "Machines, by whether they are heard", ("heard",), registry=registry
         )
+        self._quarantined = Gauge(
+            "farpoint_config_server_quarantined_machines",
+            "Machines as which two agents have reported",
+            registry=registry,
+        )
         self._process_servers = Gauge(
             "farpoint_config_server_process_servers",
             "Process servers, by whether they are heard",
@@ -83,6 +88,7 @@ class ConfigServerMetrics:
         self, machines: Sequence[MachineStatus], disks: Sequence[DiskStatus], process_servers: ProcessServerList
     ) -> None:
         """What the views say now."""
+        self._quarantined.set(sum(one.is_quarantined for one in machines))
         _count(self._machines, [not one.is_silent for one in machines])
         _count(self._process_servers, [not one.is_silent for one in process_servers.process_servers])
         protected = [disk for disk in disks if disk.is_protected]

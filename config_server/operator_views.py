@@ -99,6 +99,7 @@ class OperatorViews:
                 last_heard_ns=machine.heard_ns,
                 is_silent=self._reconciler.is_silent(machine.heard_ns, now_ns=now_ns),
                 disks=tuple(disk.disk for disk in disks.get(machine.machine, ()) if disk.known.is_protected),
+                is_quarantined=machine.is_quarantined,
                 policy=None if machine.policy is None else policies[machine.policy],
             )
             for machine in shown

@@ -48,6 +48,7 @@ def list_machines(loaded: Loaded[FarpointSettings], output: Output) -> ExitCode:
                     "agent_version": machine.agent_version,
                     "last_heard": _instant(machine.last_heard_ns),
                     "is_silent": machine.is_silent,
+                    "is_quarantined": machine.is_quarantined,
                 }
                 for machine in listed.machines
             ]

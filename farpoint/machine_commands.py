@@ -1,5 +1,5 @@
 """`farpoint machines`: alone it lists them; `install` puts the agent onto new ones, `set-policy` says how they are
-protected."""
+protected, `release` ends a quarantine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from click.core import ParameterSource
 from farpoint.listing_commands import list_machines
 from farpoint.machine_installation.command import install_command
 from farpoint.options import server_options
-from farpoint.policy_commands import set_policy_command
+from farpoint.policy_commands import release_command, set_policy_command
 from farpoint.settings import FarpointSettings
 from runtime.command_line import output_option
 from runtime.exit_codes import ExitCode
@@ -34,3 +34,4 @@ def machines_group(context: click.Context, loaded: Loaded[FarpointSettings], out
 
 machines_group.add_command(install_command)
 machines_group.add_command(set_policy_command)
+machines_group.add_command(release_command)

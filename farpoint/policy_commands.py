@@ -151,6 +151,22 @@ def set_policy_command(loaded: Loaded[FarpointSettings], machine: str, policy: s
     return run_interruptible(work)
 
 
+@click.command("release")
+@click.argument("machine")
+@server_options
+def release_command(loaded: Loaded[FarpointSettings], machine: str) -> ExitCode:
+    """End the quarantine of MACHINE (name or identifier), when the copy of its agent is stopped and its state removed.
+    Whoever reports first is taken for the machine."""
+
+    async def work() -> None:
+        async with operator_of(loaded.settings) as operator:
+            found = await _find_machine(operator, machine)
+            await operator.release_machine(found.machine)
+        notice(f"machine {found.name} is {'released' if found.is_quarantined else 'not in quarantine'}")
+
+    return run_interruptible(work)
+
+
 async def find_policy(operator: OperatorClient, name: str) -> PolicyStatus:
     """By its name or identifier. Raises ResourceNotFound."""
     policies = (await operator.policies()).policies

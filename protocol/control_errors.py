@@ -154,6 +154,15 @@ class AuditChainBroken(LocalFault):
     hint = "Somebody changed the database by hand, or restored an older one. Compare it with a backup; find out who."
 
 
+class MachineQuarantined(PeerFault):
+    """Two agents have reported as this machine. Fields: machine."""
+
+    code = "machine-quarantined"
+    is_retryable = True
+    message = "machine {machine} is in quarantine: a copy of its agent has reported as well"
+    hint = "Stop the copy and remove its state directory, then say `farpoint machines release MACHINE`."
+
+
 class PolicyNameTaken(PeerFault):
     """Fields: name."""
 
@@ -270,6 +279,7 @@ REFUSALS: Final[dict[str, type[ReplicationError]]] = {
         RequestRepeated,
         IdempotencyKeyReused,
         MethodNotAllowed,
+        MachineQuarantined,
         PolicyNameTaken,
         PolicyChanged,
         PolicyInUse,

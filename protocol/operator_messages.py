@@ -135,6 +135,8 @@ class MachineStatus(OperatorReply):
     is_silent: bool
     """Nothing heard for three heartbeats."""
     disks: tuple[Disk, ...]
+    is_quarantined: bool = False
+    """Two agents have reported as this machine: nothing of either is taken until it is released."""
     policy: str | None = None
     """The replication policy's name; None: the server's settings."""
 

@@ -177,6 +177,11 @@ async def _set_policy(rooms: Rooms, call: Call) -> BaseModel:
     return Nothing()
 
 
+async def _release_machine(rooms: Rooms, call: Call) -> BaseModel:
+    await rooms.control_plane.release_machine(call.path.machine, call.caller.actor)
+    return Nothing()
+
+
 async def _create_operator_token(rooms: Rooms, call: Call) -> BaseModel:
     return await rooms.operators.create_token(call.body, call.caller.actor)
 
@@ -351,6 +356,16 @@ STAFF_ROUTES: Final[tuple[Route, ...]] = (
         serves=_OPERATORS,
         path=MachinePath,
         body=PolicyAssignment,
+    ),
+    Route(
+        method="PUT",
+        template="/v1/machines/{machine}/release",
+        summary="End a machine's quarantine: whoever reports first is taken for it",
+        handler=_release_machine,
+        repeat=answer_nothing,
+        reply=Nothing,
+        serves=_OPERATORS,
+        path=MachinePath,
     ),
     Route(
         method="POST",

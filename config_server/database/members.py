@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from pydantic import TypeAdapter
 from sqlalchemy import Row, Select, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from config_server.core.clones import BootHistory
 from config_server.core.join_tokens import StoredJoinToken
 from config_server.database.schema import certificates, disks, join_tokens, machines, process_servers
 from protocol.control import (
@@ -39,6 +41,8 @@ class StoredMachine:
     """The signed record of description_version, None before the first."""
     policy: str | None
     """Of the replication policy; None: the server's settings."""
+    boots: BootHistory
+    is_quarantined: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,9 +131,9 @@ async def list_unassigned_machines(connection: AsyncConnection) -> list[StoredMa
 
 
 async def record_agent_report(
-    connection: AsyncConnection, machine: MachineId, report: AgentReport, *, now_ns: int
+    connection: AsyncConnection, machine: MachineId, report: AgentReport, boots: BootHistory, *, now_ns: int
 ) -> None:
-    """The machine's part of it."""
+    """The machine's part of it. boots: with the report's."""
     await connection.execute(
         update(machines)
         .where(machines.c.machine == machine)
@@ -137,7 +141,8 @@ async def record_agent_report(
             name=report.host.name,
             host=report.host.model_dump_json(),
             agent_version=report.agent_version,
-            boot_id=report.boot_id,
+            boot_id=boots.boot_id,
+            ended_boot_ids=json.dumps(boots.ended),
             heard_ns=now_ns,
         )
     )
@@ -286,24 +291,55 @@ async def page_certificates(
 
 async def revoke_certificates(connection: AsyncConnection, *, role: Role, identifier: str) -> None:
     """All of one holder, under the next number of the list. Those revoked before keep theirs."""
-    newest = (await connection.execute(select(func.max(certificates.c.revocation_number)))).scalar() or 0
+    number = await _newest_list_number(connection) + 1
     await connection.execute(
         update(certificates)
         .where(certificates.c.role == role.value, certificates.c.identifier == identifier)
         .where(certificates.c.revocation_number.is_(None))
-        .values(revocation_number=newest + 1)
+        .values(revocation_number=number)
+    )
+
+
+async def quarantine_machine(connection: AsyncConnection, machine: MachineId) -> None:
+    """Its certificates are on the list, under the next number, until it is released."""
+    number = await _newest_list_number(connection) + 1
+    await connection.execute(update(machines).where(machines.c.machine == machine).values(quarantine_number=number))
+
+
+async def release_machine(connection: AsyncConnection, machine: MachineId) -> None:
+    """Its certificates leave the list, under the next number; whoever reports first is taken for the machine."""
+    number = await _newest_list_number(connection) + 1
+    await connection.execute(
+        update(machines)
+        .where(machines.c.machine == machine)
+        .values(release_number=number, boot_id="", ended_boot_ids="[]")
     )
 
 
 async def read_revocation_list(connection: AsyncConnection, *, valid_at_ns: int) -> RevocationList:
-    """Numbered by the newest revocation; certificates that have expired anyway are left out."""
-    number = (await connection.execute(select(func.max(certificates.c.revocation_number)))).scalar() or 0
+    """Numbered by the newest revocation, quarantine or release; certificates that have expired anyway are left out."""
+    number = await _newest_list_number(connection)
+    quarantined = select(machines.c.machine).where(
+        machines.c.quarantine_number > func.coalesce(machines.c.release_number, 0)
+    )
+    is_barred = certificates.c.revocation_number.is_not(None) | (
+        (certificates.c.role == Role.AGENT.value) & certificates.c.identifier.in_(quarantined)
+    )
     query = (
         select(certificates.c.serial)
-        .where(certificates.c.revocation_number.is_not(None), certificates.c.valid_until_ns > valid_at_ns)
+        .where(is_barred, certificates.c.valid_until_ns > valid_at_ns)
         .order_by(certificates.c.serial)
     )
     return RevocationList(number=number, serials=tuple((await connection.execute(query)).scalars()))
+
+
+async def _newest_list_number(connection: AsyncConnection) -> int:
+    query = select(
+        select(func.max(certificates.c.revocation_number)).scalar_subquery(),
+        select(func.max(machines.c.quarantine_number)).scalar_subquery(),
+        select(func.max(machines.c.release_number)).scalar_subquery(),
+    )
+    return max(number or 0 for number in (await connection.execute(query)).one())
 
 
 def _select_process_servers() -> Select[*tuple[Any, ...]]:
@@ -329,6 +365,8 @@ def _machine(row: Row[tuple[object, ...]]) -> StoredMachine:
         description_version=row.description_version,
         description=row.description,
         policy=row.policy,
+        boots=BootHistory(boot_id=row.boot_id, ended=tuple(json.loads(row.ended_boot_ids))),
+        is_quarantined=(row.quarantine_number or 0) > (row.release_number or 0),
     )
 
 

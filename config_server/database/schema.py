@@ -69,6 +69,9 @@ machines = Table(
     Column("description_version", BigInteger, nullable=False),
     Column("description", LargeBinary),
     Column("policy", String(32), ForeignKey("policies.policy"), index=True),
+    Column("ended_boot_ids", Text, nullable=False, server_default="[]"),
+    Column("quarantine_number", BigInteger),
+    Column("release_number", BigInteger),
 )
 
 disks = Table(

@@ -165,6 +165,10 @@ class OperatorClient(ControlClient):
         """None: the server's settings. Raises ResourceNotFound."""
         await self._change("PUT", f"/v1/machines/{machine}/policy", Nothing, body=PolicyAssignment(policy=policy))
 
+    async def release_machine(self, machine: MachineId) -> None:
+        """Idempotent. Raises ResourceNotFound."""
+        await self._change("PUT", f"/v1/machines/{machine}/release", Nothing)
+
     async def describe(self) -> ServerDescription:
         return await self._connection.request("GET", "/v1/authority", ServerDescription)
 

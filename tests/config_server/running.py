@@ -115,6 +115,9 @@ class Running:
 
     async def process_server(self, directory: Path, *, name: str = "site-1") -> ProcessServerControlClient:
         await self.enroll(Role.PROCESS_SERVER, directory, name=name)
+        return self.process_server_client(directory)
+
+    def process_server_client(self, directory: Path) -> ProcessServerControlClient:
         return ProcessServerControlClient(
             server_url=self.url,
             authority_pem=self.authority_pem,

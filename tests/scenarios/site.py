@@ -29,7 +29,7 @@ from protocol.control import DiskState
 from protocol.errors import ReplicationError
 from protocol.operator_messages import DiskStatus, ProcessServerStatus, RecoveryPointStatus
 from protocol.transport.operator_client import OperatorClient
-from protocol.vocabulary import DiskId
+from protocol.vocabulary import DiskId, MachineId
 from runtime.exit_codes import ExitCode
 from tests.scenarios.disks import SourceDisk, are_equal
 from tests.scenarios.processes import Finished, Result, Server, call_command, wait_until
@@ -298,6 +298,10 @@ class Site(AbstractContextManager["Site"]):
         """All certificates of a member."""
         asyncio.run(self._revoke(identifier))
 
+    def release(self, machine: MachineId) -> None:
+        """From quarantine."""
+        asyncio.run(self._release(machine))
+
     def disk(self, disk: DiskId) -> DiskStatus | None:
         """As the configuration server sees it; None while it cannot be asked."""
         try:
@@ -405,6 +409,10 @@ class Site(AbstractContextManager["Site"]):
     async def _ask_points(self, disk: DiskId) -> tuple[RecoveryPointStatus, ...]:
         async with self._operator() as operator:
             return (await operator.points(disk=disk)).points
+
+    async def _release(self, machine: MachineId) -> None:
+        async with self._operator() as operator:
+            await operator.release_machine(machine)
 
     async def _revoke(self, identifier: str) -> None:
         async with self._operator() as operator:

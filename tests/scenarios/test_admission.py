@@ -10,14 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from protocol.control import DiskRegistration
-from protocol.control_errors import CredentialMissing, DiskOfAnotherMachine, ResourceNotFound, ServerNotTrusted
+from protocol.control import AgentReport, DiskRegistration, HostDescription
+from protocol.control_errors import (
+    CredentialMissing,
+    DiskOfAnotherMachine,
+    MachineQuarantined,
+    ResourceNotFound,
+    ServerNotTrusted,
+)
 from protocol.enrollment import AUTHORITY_FILE, CREDENTIALS_FILE
 from protocol.errors import CertificateRefused, ConnectionLost, NotPermitted
 from protocol.messages import CloseDisk, DiskOpened, Hello, Message, OpenDisk, Refusal, Welcome
 from protocol.transport import channel, tls
 from protocol.transport.control_client import AgentControlClient, ProcessServerControlClient
-from protocol.vocabulary import DiskId, PeerIdentity, Role, VaultId
+from protocol.vocabulary import DiskId, MachineId, PeerIdentity, Role, VaultId
 from runtime.exit_codes import ExitCode
 from tests.protocol.transport.certificates import Authority
 from tests.scenarios.conftest import ReplicatedSite
@@ -269,6 +275,45 @@ def test_a_revoked_agent_is_cut_off_and_its_history_stays(tmp_path: Path, replic
 
     refusal = site.wait_until("it is refused on new connections", refused)
     assert refusal.code == CertificateRefused.code
+    agent.server.stop()
+    site.expect_recovered_equal(disk, point, source.path)
+
+
+def test_two_agents_of_one_machine_are_both_cut_off_until_it_is_released(
+    tmp_path: Path, replicated: ReplicatedSite
+) -> None:
+    """The copy is what somebody would send who has copied the state directory."""
+    site = replicated.site
+    agent = site.agent("original")
+    source = SourceDisk(tmp_path / "original.img", size_bytes=2 * MEBIBYTE, seed=6)
+    (disk,) = agent.protect(source)
+    site.wait_for_point(disk, after_ns=source.changed_ns)
+    machine = MachineId(identity_of(agent.directory).identifier)
+    copied = AgentReport(
+        boot_id="the copy's",
+        agent_version="0",
+        host=HostDescription(name="x", processors=1, memory_bytes=1, firmware="bios"),
+    )
+
+    async def report_once() -> None:
+        async with agent_client(replicated, agent.directory / CREDENTIALS_FILE) as client:
+            await client.report(copied)
+
+    asyncio.run(report_once())
+    site.wait_until("it is cut off on the live connection", lambda: not agent.endpoint.is_ready())
+    with pytest.raises(MachineQuarantined):
+        asyncio.run(report_once())
+
+    def refused() -> Refusal | None:
+        with suppress(ConnectionLost):
+            answer = asyncio.run(ask_for(disk, site.data_port, member_context(agent.directory)))
+            return answer if isinstance(answer, Refusal) else None
+        return None
+
+    assert site.wait_until("it is refused on new connections", refused).code == CertificateRefused.code
+    source.change()
+    site.release(machine)
+    point = site.wait_for_point(disk, after_ns=source.changed_ns)
     agent.server.stop()
     site.expect_recovered_equal(disk, point, source.path)
 
