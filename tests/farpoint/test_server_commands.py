@@ -261,5 +261,6 @@ def test_terms_that_no_policy_may_have_are_named_by_their_option(
 
 def test_a_machine_that_nobody_knows_gets_no_policy(server: RunningServer) -> None:
     assert run("machines", "set-policy", "db-9", "--none", *server.options).exit_code == ExitCode.NOT_FOUND
+    assert run("machines", "release", "db-9", *server.options).exit_code == ExitCode.NOT_FOUND
     assert run("machines", "set-policy", "db-9", *server.options).exit_code == ExitCode.USAGE
     assert run("machines", "set-policy", "db-9", "x", "--none", *server.options).exit_code == ExitCode.USAGE
