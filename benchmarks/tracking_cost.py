@@ -47,6 +47,8 @@ TIB: Final = 2**40
 DELTA_DISK_BYTES: Final = 4 * GIB
 NANOSECONDS_A_WRITE_MAX: Final = 400
 WRITES_KEPT_MIN: Final = 0.97
+"""On a disk, of what is left by programs that return at once: what the kernel takes for running any is not ours
+(docs/performance.md)."""
 RANDOM_DELTA_CPU_SECONDS_MAX: Final = 0.5
 """Of agent and process server, for 1 % of a disk of 4 GiB in random 4 KiB blocks."""
 RANDOM_DELTA_BLOCKS: Final = DELTA_DISK_BYTES // 100 // 4096
@@ -168,7 +170,7 @@ class Turn(enum.Enum):
 
 
 def writes_kept(
-    device: Path, other: Path, at: Path, *, rounds: int, seconds: float, where: str, asked: float | None
+    device: Path, other: Path, at: Path, *, rounds: int, seconds: float, where: str, is_asked: bool
 ) -> list[Figure]:
     """The median over turns side by side, whose order changes: what else the machine does falls upon all."""
     followed_device = {Turn.TRACKED: device, Turn.ANOTHER_TRACKED: other}
@@ -181,16 +183,21 @@ def writes_kept(
         Figure(name=f"writes a second {where}, {turn.value}", found=round(statistics.median(found[turn])))
         for turn in (Turn.PLAIN, Turn.TRACKED)
     ]
+
+    def share(turn: Turn, of: Turn) -> float:
+        return round(statistics.median(map(operator.truediv, found[turn], found[of])), 3)
+
     shares = [
-        Figure(
-            name=f"share of writes kept {where}, {turn.value}",
-            found=round(statistics.median(map(operator.truediv, found[turn], found[Turn.PLAIN])), 3),
-            asked=asked if turn is Turn.TRACKED else None,
-            is_minimum=True,
-        )
+        Figure(name=f"share of writes kept {where}, {turn.value}", found=share(turn, Turn.PLAIN))
         for turn in (Turn.TRACKED, Turn.ANOTHER_TRACKED, Turn.AGAIN)
     ]
-    return [*rates, *shares]
+    of_what_is_left = Figure(
+        name=f"share of writes kept {where}, of those with another disk tracked",
+        found=share(Turn.TRACKED, Turn.ANOTHER_TRACKED),
+        asked=WRITES_KEPT_MIN if is_asked else None,
+        is_minimum=True,
+    )
+    return [*rates, *shares, of_what_is_left]
 
 
 def cpu_seconds(process: int) -> float:
@@ -304,9 +311,8 @@ def measure(root: Path, *, rounds: int, seconds: float, parts: Sequence[str]) ->
         ):
             at_random(device, seconds=seconds)  # so that its file has been written to before
             figures += kernel_cost(device, root / "bpf", rounds=rounds, seconds=seconds)
-            # why not asked: at the speed of memory the kernel's way to any program takes more than that
             figures += writes_kept(
-                device, other, root / "bpf", rounds=rounds, seconds=seconds, where="in memory", asked=None
+                device, other, root / "bpf", rounds=rounds, seconds=seconds, where="in memory", is_asked=False
             )
         with (
             loop_device(root / "disk.img", size_bytes=GIB, is_direct=True) as device,
@@ -314,7 +320,7 @@ def measure(root: Path, *, rounds: int, seconds: float, parts: Sequence[str]) ->
         ):
             run_fio(device, "--direct=1", "--rw=write", "--bs=1m")
             figures += writes_kept(
-                device, other, root / "bpf", rounds=rounds, seconds=seconds, where="on a disk", asked=WRITES_KEPT_MIN
+                device, other, root / "bpf", rounds=rounds, seconds=seconds, where="on a disk", is_asked=True
             )
     if "memory" in parts:
         for tebibytes in (1, 4):
@@ -338,8 +344,8 @@ def print_table(figures: Sequence[Figure]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9, help="of each measurement that is taken in turns")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each turn")
+    parser.add_argument("--rounds", type=int, default=21, help="of each measurement that is taken in turns")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each turn")
     parser.add_argument("--part", action="append", choices=PARTS, help="only this; can be given again")
     options = parser.parse_args()
     if os.geteuid() != 0 or shutil.which("fio") is None:
