@@ -120,6 +120,7 @@ class ControlMessage(BaseModel):
         frozen=True,
         extra="forbid",
         strict=True,
+        allow_inf_nan=False,
         ser_json_bytes="base64",
         val_json_bytes="base64",
         hide_input_in_errors=True,

@@ -64,7 +64,7 @@ OperatorName: TypeAlias = Annotated[
 class OperatorReply(BaseModel):
     """What replies to operators share. They may grow fields, unlike control messages: an older reader ignores them."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 
 
 class RpoStatus(enum.Enum):

@@ -21,6 +21,7 @@ from protocol.control import (
     has_too_many_values,
     reason_of,
 )
+from protocol.operator_messages import Problem
 from tests.fuzz.registry import TARGETS
 from tests.fuzz.target import run_bounded
 from tests.fuzz.vault_targets import vector
@@ -118,6 +119,14 @@ def test_a_list_is_refused_at_its_first_bad_item() -> None:
     seconds, reason = refusal_cost(AgentReport, b'{"disks":[' + b"{}," * 100_000 + b"{}]}")
     assert seconds < 1.0
     assert not reason.startswith("100")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_a_refusal_with_what_is_no_number_is_no_refusal(number: str) -> None:
+    """It was read, and written again as null."""
+    text = f'{{"type":"t","title":"t","status":404,"code":"not-found","detail":"d","fields":{{"what":{number}}}}}'
+    with pytest.raises(ValidationError):
+        Problem.model_validate_json(text)
 
 
 def test_a_refusal_names_an_unknown_field_in_few_words() -> None:
