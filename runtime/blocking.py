@@ -14,11 +14,13 @@ async def ended(future: asyncio.Future[Result]) -> None:
     """Waits until a call in the executor is over, whatever came of it. Cancelled, however often, it still waits: the
     call's buffers are in use."""
     cancelled: asyncio.CancelledError | None = None
-    while not future.done():
+    while True:
         try:
             await asyncio.wait([future])
         except asyncio.CancelledError as error:
             cancelled = error
+        if future.done():
+            break
     if not future.cancelled():
         future.exception()  # or else the loop would complain that nobody had asked for it
     if cancelled is not None:
@@ -26,9 +28,12 @@ async def ended(future: asyncio.Future[Result]) -> None:
 
 
 async def finished(future: asyncio.Future[Result]) -> Result:
-    """What a call in the executor returns or raises; waits as ended() does."""
-    await ended(future)
-    return future.result()
+    """What a call in the executor returns or raises. Cancelled, it still waits as ended() does."""
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await ended(future)
+        raise
 
 
 async def blocking(executor: Executor | None, call: Callable[[], Result]) -> Result:
