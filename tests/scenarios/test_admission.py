@@ -114,7 +114,7 @@ def test_no_server_at_the_address_is_a_failure(replicated: ReplicatedSite, tmp_p
 
 def test_the_operators_routes_need_the_admin_token(replicated: ReplicatedSite, tmp_path: Path) -> None:
     wrong = tmp_path / "admin-token"
-    wrong.write_text("not the token\n")
+    wrong.write_text("not-the-token\n")
     site = replicated.site
     authority = site.root / "config-server" / "authority.pem"
     for command in (("machines",), ("disks",), ("points",), ("token", "create", "--role", "agent")):
