@@ -43,9 +43,9 @@ SECRET_BYTES: Final = 32
 USE_NOTED_NS: Final = 3600 * 10**9
 """How exactly it is kept when a token was last seen: a list that is watched must not write."""
 BEARER_CHARACTERS_MAX: Final = 512
-log = structlog.get_logger(__name__)
-
 _TEXT: Final = re.compile(r"farpoint\.([0-9a-f]{32})\.([A-Za-z0-9_-]{43})")
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ REMEMBERED_MAX: Final = 1024
 
 def hash_secret(secret: bytes) -> str:
     """`check:hash`: CHECK_BYTES of BLAKE3 in hexadecimal, and Argon2id in PHC string format with a salt of its own.
-    Blocks for some 25 ms."""
+    Blocks for tens of milliseconds."""
     kdf = Argon2id(
         salt=os.urandom(SALT_BYTES), length=HASH_BYTES, iterations=ITERATIONS, lanes=1, memory_cost=MEMORY_KIBIBYTES
     )
@@ -51,7 +51,7 @@ def may_be_hash_of(secret: bytes, hashed: str) -> bool:
 
 
 def is_hash_of(secret: bytes, hashed: str) -> bool:
-    """Blocks for some 25 ms."""
+    """Blocks for tens of milliseconds."""
     try:
         Argon2id.verify_phc_encoded(secret, hashed.partition(":")[2])
     except (InvalidKey, ValueError):
