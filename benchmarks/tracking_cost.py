@@ -47,8 +47,6 @@ TIB: Final = 2**40
 DELTA_DISK_BYTES: Final = 4 * GIB
 NANOSECONDS_A_WRITE_MAX: Final = 400
 WRITES_KEPT_MIN: Final = 0.97
-"""On a disk, of what is left by programs that return at once: what the kernel takes for running any is not ours
-(docs/performance.md)."""
 RANDOM_DELTA_CPU_SECONDS_MAX: Final = 0.5
 """Of agent and process server, for 1 % of a disk of 4 GiB in random 4 KiB blocks."""
 RANDOM_DELTA_BLOCKS: Final = DELTA_DISK_BYTES // 100 // 4096
@@ -188,14 +186,17 @@ def writes_kept(
         return round(statistics.median(map(operator.truediv, found[turn], found[of])), 3)
 
     shares = [
-        Figure(name=f"share of writes kept {where}, {turn.value}", found=share(turn, Turn.PLAIN))
+        Figure(
+            name=f"share of writes kept {where}, {turn.value}",
+            found=share(turn, Turn.PLAIN),
+            asked=WRITES_KEPT_MIN if is_asked and turn is Turn.TRACKED else None,
+            is_minimum=True,
+        )
         for turn in (Turn.TRACKED, Turn.ANOTHER_TRACKED, Turn.AGAIN)
     ]
     of_what_is_left = Figure(
         name=f"share of writes kept {where}, of those with another disk tracked",
         found=share(Turn.TRACKED, Turn.ANOTHER_TRACKED),
-        asked=WRITES_KEPT_MIN if is_asked else None,
-        is_minimum=True,
     )
     return [*rates, *shares, of_what_is_left]
 
